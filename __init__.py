@@ -1,0 +1,1 @@
+"""Trebuchet: plan and start fine-tuning of language models."""
