@@ -1,0 +1,222 @@
+"""From a YAML file and `--set a.b=c` to a checked `TrainConfig`; errors all at once, with line, dotted path and nearest key.
+
+The fields themselves are in `schema.py`. Left out: anything that needs the model, the data or the cluster; those are checked
+where they are read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import ConfigError, did_you_mean
+from .schema import SHORTHAND, Source, TrainConfig, expand_sources
+
+Tree = dict[str, Any]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads one YAML file.
+
+    `overrides` are `dotted.path=value` strings, the value read as YAML; they win over the file. Raises ConfigError with every
+    problem at once. Relative paths in the file stay as written: they are relative to where the command runs.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError([f"cannot read the configuration: {reason}"], str(path)) from None
+    tree, lines = _parse(text, str(path))
+    return build_config(tree, overrides, source=str(path), lines=lines, default_output=f"runs/{path.stem}")
+
+
+def build_config(
+    tree: Tree,
+    overrides: Sequence[str] = (),
+    *,
+    source: str | None = None,
+    lines: dict[tuple[str, ...], int] | None = None,
+    default_output: str = "runs/run",
+) -> TrainConfig:
+    """The same from a mapping, as notebooks write it; `tree` is not changed."""
+    tree = _expand(tree)
+    for override in overrides:
+        _apply(tree, override)
+    tree.setdefault("output", default_output)
+    try:
+        return TrainConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(list(_problems(error, lines or {})), source) from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The resolved configuration as YAML, every default written out; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> Tree:
+    """JSON schema for editors, with the shorthands of DESIGN (`model: NAME`, `data: PATH`, …) allowed."""
+    schema = TrainConfig.model_json_schema()
+    for section in SHORTHAND:
+        schema["properties"][section] = {"anyOf": [schema["properties"][section], {"type": "string"}]}
+    schema["properties"]["data"]["anyOf"].append({"type": "array", "items": {"type": ["string", "object"]}})
+    schema["properties"]["output"]["default"] = "runs/NAME"
+    schema["required"] = ["model", "data"]
+    schema["title"] = "Trebuchet training configuration"
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def _parse(text: str, source: str) -> tuple[Tree, dict[tuple[str, ...], int]]:
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', None) or error}"], source) from None
+    if not isinstance(tree, dict):
+        raise ConfigError(["the file must hold keys and values; two are enough, `model:` and `data:`"], source)
+    lines: dict[tuple[str, ...], int] = {}
+    twice = [f"line {line}: {'.'.join(path)}: written twice" for path, line in _walk(node, (), lines)]
+    if twice:  # PyYAML keeps the last one without a word
+        raise ConfigError(twice, source)
+    return tree, lines
+
+
+def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Fills `lines` with the line of every key; yields the keys that stand twice in one mapping."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here, line = (*path, str(key.value)), key.start_mark.line + 1
+            if here in lines:
+                yield here, line
+            lines[here] = line
+            yield from _walk(value, here, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            lines[(*path, str(i))] = value.start_mark.line + 1
+            yield from _walk(value, (*path, str(i)), lines)
+
+
+def _expand(tree: Tree) -> Tree:
+    """A deep copy with shorthands written out, so that `--set model.dtype=bf16` works on `model: NAME`."""
+    out: Tree = {}
+    for key, value in tree.items():
+        if key in SHORTHAND and value is not None and not isinstance(value, dict):
+            value = {SHORTHAND[key]: value}
+        out[str(key)] = _copy(value)
+    data = out.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "eval"):
+            if isinstance(data.get(key), (str, dict, list)):
+                data[key] = expand_sources(data[key])
+    return out
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _copy(v) for k, v in value.items()}
+    return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _apply(tree: Tree, override: str) -> None:
+    path, equals, raw = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", path.strip()):
+        raise ConfigError([f"--set {override!r}: write it as section.key=value"])
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw
+    *parents, leaf = path.strip().split(".")
+    here: Any = tree
+    for name in parents:
+        here = here.setdefault(name, {}) if isinstance(here, dict) else here[int(name)] if _index(here, name) else None
+        if not isinstance(here, (dict, list)):
+            raise ConfigError([f"--set {path}: '{name}' is a value, not a section"])
+    if isinstance(here, list):
+        if not _index(here, leaf):
+            raise ConfigError([f"--set {path}: the list has {len(here)} entries, counted from 0"])
+        here[int(leaf)] = value
+    elif not parents and leaf in SHORTHAND and not isinstance(value, dict):
+        here[leaf] = {SHORTHAND[leaf]: value}
+    else:
+        here[leaf] = value
+
+
+def _index(items: Any, name: str) -> bool:
+    return isinstance(items, list) and name.isdigit() and int(name) < len(items)
+
+
+def _problems(error: ValidationError, lines: dict[tuple[str, ...], int]) -> Iterator[str]:
+    """One sentence per wrong key: several complaints about one key (the arms of a union) are joined by 'or'."""
+    grouped: dict[tuple[str, ...], list[Any]] = {}
+    for item in error.errors():
+        grouped.setdefault(_real_path(item["loc"]), []).append(item)
+    for path, items in grouped.items():
+        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+        where = f"line {line}: " if line else ""
+        yield f"{where}{'.'.join(path)}: {_sentence(path, items)}"
+
+
+def _sentence(path: tuple[str, ...], items: list[Any]) -> str:
+    first = items[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown key{_suggest(path)}"
+    if first["type"] == "missing":
+        return "missing"
+    wants = []
+    for item in items:
+        text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        text = text.replace("a valid tuple", "a list").replace("a valid ", "a ")
+        if text not in wants:
+            wants.append(text)
+    if first["type"] == "value_error":
+        return wants[0]
+    return f"must be {' or '.join(wants)}, not {first['input']!r}"
+
+
+def _suggest(path: tuple[str, ...]) -> str:
+    """The nearest key of the same section, else the same key in another section, else the section's keys."""
+    *parents, leaf = path
+    section = _section(parents)
+    siblings = list(section.model_fields) if section else []
+    hint = did_you_mean(leaf, siblings)
+    if not hint.startswith("; did"):
+        for name, field in TrainConfig.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and leaf in inner.model_fields:
+                return f"; did you mean '{name}.{leaf}'?"
+    return hint
+
+
+def _section(path: Sequence[str]) -> type[BaseModel] | None:
+    """The model that holds the keys under `path`, or None for a free mapping."""
+    section: type[BaseModel] | None = TrainConfig
+    for name in path:
+        if name.isdigit():
+            section = Source
+            continue
+        field = section.model_fields.get(name) if section else None
+        inner = field.annotation if field else None
+        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+    return section
+
+
+def _real_path(loc: tuple[int | str, ...]) -> tuple[str, ...]:
+    """Pydantic's location without the names of union arms, which are not keys of the file."""
+    out: list[str] = []
+    for part in loc:
+        section = _section(out)
+        last_is_field = bool(out) and section is None and not out[-1].isdigit()
+        if isinstance(part, int) or (section is not None and (part in section.model_fields or part.isidentifier())):
+            out.append(str(part))
+        elif last_is_field and out[-1] == "columns":
+            out.append(str(part))
+    return tuple(out)

@@ -1,0 +1,150 @@
+"""The shape of a training YAML: one frozen model per section, each field with its default and its help.
+
+Only shapes, defaults and limits live here; reading files, `--set` and error messages are in `config.py`. `auto` is always the
+planner's to fill. Importing this loads pydantic and nothing heavier.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Auto = Literal["auto"]
+
+
+def _yaml_bool(value: Any) -> Any:
+    """YAML 1.1 reads a bare `on` or `off` as a boolean; give the word back."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    name: str = Field(min_length=1, description="Hub id or a folder in Hugging Face layout")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the weights; auto: bf16 where the device has it")
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="attention implementation")
+    trust_remote_code: bool = Field(False, description="run Python that comes with the model; off unless asked for")
+
+
+class Source(Section):
+    path: str = Field(min_length=1, description="file (.json .jsonl .parquet .csv), folder saved by datasets, or Hub id")
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field("auto", description="layout of a row; auto: recognised from its columns")
+    subset: str | None = Field(None, description="configuration name of a Hub dataset")
+    split: str = Field("train", description="split of a Hub or saved dataset")
+    weight: float = Field(1.0, gt=0, description="share of the rows used; 2.0 repeats them twice, 0.5 takes a random half")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the name in the file")
+
+
+Sources = Annotated[tuple[Source, ...], Field(min_length=1)]
+
+
+def expand_sources(value: Any) -> Any:
+    """A path, a mapping, or a list of either."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+# One number, or sources: decided before validation, so that an error speaks of the one that was meant.
+EvalRows = Annotated[
+    Annotated[float, Field(ge=0, lt=1), Tag("share")] | Annotated[Sources, BeforeValidator(expand_sources), Tag("sources")],
+    Discriminator(lambda value: "share" if isinstance(value, (int, float)) else "sources"),
+]
+
+
+class Data(Section):
+    train: Annotated[Sources, BeforeValidator(expand_sources)] = Field(description="training rows")
+    eval: EvalRows = Field(0.05, description="held-out rows: sources of their own, or a share of the training rows; 0 for none")
+    max_length: int = Field(2048, ge=8, description="tokens per row")
+    packing: bool = Field(True, description="several samples in one row, without attention between them")
+    chat_template: str | None = Field(None, description="a Jinja file, or a template by name; default: the tokenizer's own")
+    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens carry loss")
+    max_truncated: float = Field(0.05, ge=0, le=1, description="largest share of samples that may be cut at max_length before the run refuses")
+
+
+class Objective(Section):
+    name: Literal["sft", "pretrain"] = Field("sft", description="sft: loss on the answer; pretrain: loss on every token of plain text")
+
+
+class Lora(Section):
+    r: int = Field(16, ge=1, le=1024, description="rank")
+    alpha: float = Field(32, gt=0, description="scaling is alpha / r")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="all-linear, or names of linear modules")
+
+
+class Quant(Section):
+    type: Literal["nf4"] = "nf4"
+    double: bool = Field(True, description="quantize the scales too (0.516 instead of 0.5625 bytes per weight)")
+
+
+class StrategyChoice(Section):
+    method: Literal["auto", "full", "lora", "qlora"] = Field("auto", description="what is trained")
+    parallel: Literal["auto", "none", "ddp", "fsdp2", "zero3"] = Field("auto", description="how it is spread over GPUs")
+    offload: Literal["auto", "none", "optimizer", "params"] = Field("auto", description="what lives in host memory")
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="activation checkpointing")
+    lora: Lora = Lora()
+    quant: Quant = Quant()
+    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_bool)] = Field("auto", description="the Triton layer; auto: on, and on a GPU a run without it fails")
+
+
+class Optimization(Section):
+    global_batch_size: int = Field(16, ge=1, description="rows per optimizer step over all ranks")
+    micro_batch: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per forward pass per rank")
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="auto: 2e-4 for adapters, 2e-5 for full")
+    epochs: float = Field(3.0, gt=0, description="passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="instead of epochs")
+    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = "auto"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, description="share of the steps when below 1, else a number of steps")
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0 switches clipping off")
+    seed: int = Field(0, ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Optimization:
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError("warmup is a share below 1 or a whole number of steps")
+        return self
+
+
+Every = Annotated[float, Field(gt=0)]
+
+
+class Evaluation(Section):
+    every: Every = Field(0.1, description="share of the run when below 1, else steps, between evaluations")
+    generations: int = Field(3, ge=0, description="held-out prompts answered before and after, side by side")
+    max_new_tokens: int = Field(64, ge=1, description="length of those answers")
+    max_rows: int | None = Field(None, ge=1, description="evaluate on this many held-out samples at most")
+
+
+class Checkpointing(Section):
+    every: Every = Field(0.1, description="share of the run when below 1, else steps, between checkpoints")
+    keep: int = Field(3, ge=1, description="checkpoints kept")
+
+
+class ClusterRef(Section):
+    name: str = Field("local", min_length=1, description="a name in cluster_configs/ or the path of a cluster YAML")
+    processes: int | None = Field(None, ge=1, description="ranks on this machine; local only")
+
+
+class TrainConfig(Section):
+    """What the user wrote, checked. Two keys are enough: model and data."""
+
+    model: Model
+    data: Data
+    objective: Objective = Objective()
+    strategy: StrategyChoice = StrategyChoice()
+    optimization: Optimization = Optimization()
+    evaluation: Evaluation = Evaluation()
+    checkpointing: Checkpointing = Checkpointing()
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab"], ...] = Field(("tensorboard",), description="trackers beside metrics.jsonl")
+    output: str = Field(min_length=1, description="the run folder; default runs/NAME-OF-THE-YAML")
+    cluster: ClusterRef = ClusterRef()
+
+
+# A section written as one word or path means this key of it.
+SHORTHAND = {"model": "name", "data": "train", "objective": "name", "strategy": "method", "cluster": "name"}
