@@ -1,0 +1,54 @@
+"""What is to be started, where and with what environment, for any scheduler; and what is known of it afterwards.
+
+A `JobSpec` knows no scheduler: local.py, slurm and Ray each turn it into their own text. Left out: secrets. A job's environment
+holds settings only; tokens are found on the machine that runs.
+"""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class JobState(enum.StrEnum):
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+    TIMEOUT = "TIMEOUT"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    PREEMPTED = "PREEMPTED"
+    NODE_FAIL = "NODE_FAIL"
+
+    @property
+    def ended(self) -> bool:
+        return self not in (JobState.PENDING, JobState.RUNNING)
+
+
+class JobSpec(BaseModel):
+    """One job: `module` is run by `python -m` on every task with `arguments`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    run_folder: Path
+    module: str
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    nodes: int
+    tasks_per_node: int
+    gpus_per_node: int
+    time_limit_s: int | None = None
+
+
+class JobHandle(BaseModel):
+    """`local://HOST/PID`, `slurm://CLUSTER/JOBID`, `ray://…`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    handle: str
+    folder: Path

@@ -1,0 +1,90 @@
+"""What the planner answers: the chosen strategy with its numbers, and every rejected one with the two numbers that rejected it.
+
+Plain data. `plan.json` in a run folder is a `Plan`; the worker reads it and never plans again. How a plan is made is in
+`planner.py`, how it is printed in `plan_text.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .cluster import Cluster
+from .model_spec import ModelSpec
+from .schema import TrainConfig
+
+GIB = 2**30
+
+
+class Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Memory(Data):
+    """Predicted peak of one rank, and of one node's host memory."""
+
+    peak_allocated_gib: float
+    process_gib: float
+    usable_gib: float
+    host_gib: float
+    components: dict[str, float]
+
+
+class Time(Data):
+    """Predicted speed of the whole job; None where the cluster file gives no peak to predict from."""
+
+    tokens_per_s: float | None
+    hours: float | None
+
+
+class Chosen(Data):
+    """The strategy, complete: the worker needs nothing else to prepare the model."""
+
+    method: Literal["full", "lora", "qlora"]
+    parallel: Literal["none", "ddp", "fsdp2", "zero3"]
+    dp_replicate: int
+    dp_shard: int
+    offload: Literal["none", "optimizer", "params"]
+    checkpointing: Literal["none", "selective", "full"]
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
+    precision: Literal["bf16-mixed", "fp16-mixed", "fp32"]
+    attention: Literal["sdpa", "eager", "flash_attention_2"]
+    learning_rate: float
+    micro_batch: int
+    accumulation: int
+    device: Literal["cpu", "cuda"]
+    gpus: int
+    memory: Memory
+    time: Time
+    cost: float | None
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train: one per GPU, or per CPU process."""
+        return self.dp_replicate * self.dp_shard
+
+
+class Rejected(Data):
+    method: str
+    parallel: str
+    offload: str
+    needed_gib: float | None
+    usable_gib: float | None
+    reason: str
+
+
+class Plan(Data):
+    feasible: bool
+    chosen: Chosen | None
+    rejected: tuple[Rejected, ...]
+    advice: tuple[str, ...]
+    reasons: tuple[str, ...]
+    config: TrainConfig
+    model: ModelSpec
+    cluster: Cluster
+
+    def public(self) -> dict[str, Any]:
+        """What `plan --json` prints; these keys are stable."""
+        keep = {"feasible", "chosen", "rejected", "advice", "reasons"}
+        return {"model": self.model.name, "cluster": self.cluster.name, **self.model_dump(mode="json", include=keep)}

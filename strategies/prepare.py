@@ -1,0 +1,130 @@
+"""From a chosen strategy to a model that trains: load, quantize, add adapters, patch kernels. One function, steps in a stated order.
+
+The order matters: quantization happens while loading (so the full-width weights of a layer are gone before the next one comes);
+adapters wrap what is already quantized; the kernel layer looks at the modules as they will run; sharding comes last, because it
+replaces parameters. What a method costs in bytes is in `memory.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..kernels.patch import KernelReport
+    from ..launcher.plan import Chosen
+    from ..launcher.schema import Model, StrategyChoice
+
+ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash_attention_2"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    model: torch.nn.Module
+    kernels: KernelReport | None
+    trainable: int
+    total: int
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    return {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16, "fp32": torch.float32}[precision]
+
+
+def storage_dtype(chosen: Chosen) -> torch.dtype:
+    """Of the weights in memory: what is trained is fp32, what is frozen is kept in the compute dtype."""
+    return torch.float32 if chosen.method == "full" else compute_dtype(chosen.precision)
+
+
+def prepare(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device, seed: int) -> Prepared:
+    """Reads the Hugging Face folder and returns the model on `device`, ready for the loop.
+
+    Raises what the libraries raise; a model that the plan let through and that does not load is a failed job, not bad input.
+    """
+    torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
+    net = _load(folder, model, strategy, chosen, device)
+    net.config.use_cache = False  # with the cache on, packed samples attend to each other (transformers 5.23, measured)
+    if chosen.method != "full":
+        net = _adapt(net, strategy)
+    report = _patch(net, strategy)
+    if chosen.checkpointing != "none":
+        _checkpoint_activations(net, chosen)
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    return Prepared(model=net, kernels=report, trainable=trainable, total=sum(p.numel() for p in net.parameters()))
+
+
+def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": storage_dtype(chosen), "attn_implementation": ATTENTION[chosen.attention]}
+    if chosen.method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=strategy.quant.type,
+            bnb_4bit_use_double_quant=strategy.quant.double,
+            bnb_4bit_compute_dtype=compute_dtype(chosen.precision),
+        )
+        options["device_map"] = {"": device}
+    net = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=model.trust_remote_code, **options
+    )
+    if chosen.method == "qlora":
+        _keep_training_layout(net)
+        return net
+    return net.to(device)
+
+
+def _keep_training_layout(net: torch.nn.Module) -> None:
+    """bitsandbytes on CPUs with AVX512-BF16 repacks a 4-bit weight for inference at the first forward in eval mode, and training
+    afterwards is silently wrong (bitsandbytes 0.50.2: adapter gradients off by 0.13 of 0.14, measured). This switches it off."""
+    for module in net.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
+
+
+def _adapt(net: torch.nn.Module, strategy: StrategyChoice) -> torch.nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = strategy.lora
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(net, config)  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
+
+
+def _patch(net: torch.nn.Module, strategy: StrategyChoice) -> KernelReport | None:
+    if strategy.kernels == "off":
+        return None
+    from ..kernels.patch import patch
+
+    return patch(net)
+
+
+def _checkpoint_activations(net: torch.nn.Module, chosen: Chosen) -> None:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if chosen.checkpointing == "selective":
+        options["context_fn"] = _selective_contexts
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+
+
+def _selective_contexts() -> Any:
+    """Per operation: attention and every second matrix product are kept, the rest is computed again in backward."""
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    aten, seen = torch.ops.aten, {True: 0, False: 0}
+    products = {aten.mm.default, aten.addmm.default, aten.linear.default}
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if "scaled_dot_product" in str(op):
+            return CheckpointPolicy.MUST_SAVE
+        if op in products:
+            seen[context.is_recompute] += 1
+            return CheckpointPolicy.MUST_SAVE if seen[context.is_recompute] % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

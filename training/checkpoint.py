@@ -1,0 +1,200 @@
+"""Checkpoints of unsharded layouts: everything that a step depends on, in safetensors and JSON, never a pickle.
+
+    checkpoints/step-N/
+        trainable.safetensors    what is trained, by parameter name; the frozen base is not copied
+        optimizer.safetensors    `PARAMETER/STATE` -> tensor
+        rng-R.safetensors        the random states of rank R
+        state.json               step, schedule, totals, the fingerprints that a resume must find again
+        manifest.json            sizes and SHA-256 of the others, written last
+
+Written beside, synced, renamed; a folder without a valid manifest is never resumed from, and saying so is a line of the log.
+Left out: sharded state (torch.distributed.checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim import Optimizer
+
+from ..launcher.run_folder import RunFolder
+
+MANIFEST = "manifest.json"
+Say = Callable[[str], None]
+
+
+def save(folder: RunFolder, step: int, parts: dict[str, Any], *, rank: int, barrier: Callable[[], None]) -> Path:
+    """Writes `checkpoints/step-N`; collective. `parts`: model, optimizer (a torch Optimizer), state (plain data)."""
+    final = folder.checkpoint(step)
+    beside = final.with_name(f".{final.name}.writing")
+    if rank == 0:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    barrier()
+    save_file(rng_state(), beside / f"rng-{rank}.safetensors")
+    if rank == 0:
+        save_file(trainable(parts["model"]), beside / "trainable.safetensors")
+        save_file(optimizer_tensors(parts["model"], parts["optimizer"]), beside / "optimizer.safetensors")
+        (beside / "state.json").write_text(json.dumps({"step": step, **parts["state"]}, indent=1), encoding="utf-8")
+    barrier()
+    if rank == 0:
+        _seal(beside)
+        if final.exists():  # a resume that replays the same steps: the bytes are the same, the newer one wins
+            shutil.rmtree(final)
+        os.replace(beside, final)
+        _sync(final.parent)
+    barrier()
+    return final
+
+
+def load(path: Path, model: torch.nn.Module, optimizer: Optimizer, *, rank: int) -> dict[str, Any]:
+    """Fills model, optimizer and random states from a valid checkpoint; returns state.json.
+
+    Raises KeyError or ValueError when the checkpoint belongs to another model: names or shapes differ.
+    """
+    stored = load_file(path / "trainable.safetensors")
+    wanted = trainable(model)
+    if stored.keys() != wanted.keys():
+        raise ValueError(f"{path} holds other parameters than this model: {sorted(stored.keys() ^ wanted.keys())[:3]} …")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+    _load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+    rng = path / f"rng-{rank}.safetensors"
+    if rng.exists():
+        set_rng_state(load_file(rng))
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def latest(folder: RunFolder, say: Say = print) -> Path | None:
+    """The newest valid checkpoint; broken ones are named and passed over."""
+    for path in reversed(all_of(folder)):
+        problem = check(path)
+        if problem is None:
+            return path
+        say(f"{path.name} is not resumed from: {problem}")
+    return None
+
+
+def all_of(folder: RunFolder) -> list[Path]:
+    """Folders named step-N, by N; valid or not."""
+    found = [p for p in folder.checkpoints.glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def check(path: Path) -> str | None:
+    """None when every file of the manifest is there with its size and hash; else what is wrong."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "it has no readable manifest, so it was not written to its end"
+    for name, (size, digest) in manifest.items():
+        file = path / name
+        if not file.exists() or file.stat().st_size != size:
+            return f"{name} is missing or has another size than in the manifest"
+        if _digest(file) != digest:
+            return f"{name} has another content than in the manifest"
+    return None
+
+
+def prune(folder: RunFolder, keep: int) -> None:
+    """Removes all but the newest `keep`, and what an interrupted save left."""
+    for path in all_of(folder)[:-keep]:
+        shutil.rmtree(path)
+    for path in folder.checkpoints.glob(".step-*.writing"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """`PARAMETER/STATE` -> tensor, so that the file does not depend on the order of parameter groups."""
+    out: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            # bitsandbytes shares its code tables between parameters; safetensors wants memory of its own for each.
+            out[f"{name}/{key}"] = tensor.detach().clone() if key.startswith("qmap") else tensor.detach().contiguous()
+    return out
+
+
+def _load_optimizer(model: torch.nn.Module, optimizer: Optimizer, stored: dict[str, torch.Tensor]) -> None:
+    by_name: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in stored.items():
+        parameter_name, _, key = name.rpartition("/")
+        by_name.setdefault(parameter_name, {})[key] = tensor
+    for name, parameter in model.named_parameters():
+        if name not in by_name:
+            continue
+        # bitsandbytes keeps its step as a plain int and everything else, like torch, as tensors.
+        whole = type(optimizer).__module__.startswith("bitsandbytes")
+        optimizer.state[parameter] = {
+            key: int(t) if whole and key == "step" else t if key == "step" else t.to(parameter.device)
+            for key, t in by_name[name].items()
+        }
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.from_numpy(np.array([*keys, position, has_gauss], dtype=np.int64)),
+        "numpy_gauss": torch.tensor(float(cached), dtype=torch.float64),
+        "python": torch.tensor([version, *internal], dtype=torch.int64),
+        "python_gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["torch"])
+    *keys, position, has_gauss = state["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"])))
+    version, *internal = state["python"].tolist()
+    gauss = float(state["python_gauss"])
+    random.setstate((version, tuple(internal), None if gauss != gauss else gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _seal(path: Path) -> None:
+    """Syncs every file, then writes the manifest and syncs it and the folder."""
+    manifest = {}
+    for file in sorted(path.iterdir()):
+        _sync(file)
+        manifest[file.name] = [file.stat().st_size, _digest(file)]
+    (path / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    _sync(path / MANIFEST)
+    _sync(path)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

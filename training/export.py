@@ -1,0 +1,49 @@
+"""The folder that users load: the ecosystem's own files, written beside and then renamed.
+
+full: config.json and model.safetensors in the dtype the base came in; lora and qlora: an adapter folder, which
+`AutoModelForCausalLM.from_pretrained` opens too (with PEFT installed). Tokenizer, template and the base's licence come along.
+Left out: merging.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..launcher.plan import Plan
+from ..launcher.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def export(folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """Writes RUN/model from the (unwrapped) model of rank 0 and returns it."""
+    beside = folder.root / ".model.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    assert plan.chosen is not None
+    net: Any = model
+    if plan.chosen.method == "full":
+        dtype = DTYPES.get(plan.model.dtype or "float32", torch.float32)
+        state = {name: tensor.detach().to(dtype) for name, tensor in net.state_dict().items()}
+        net.config.use_cache = True  # switched off for training only
+        net.config.dtype = dtype
+        net.save_pretrained(beside, state_dict=state, safe_serialization=True)
+        net.config.use_cache = False
+    else:
+        # The adapter's card and config name the base; a user without that local folder needs the Hub id, not a cache path.
+        net.peft_config["default"].base_model_name_or_path = plan.config.model.name
+        net.save_pretrained(beside, safe_serialization=True)
+    tokenizer.save_pretrained(beside)
+    for licence in sorted(base.glob("LICENSE*")):
+        shutil.copy(licence, beside / licence.name)
+    if folder.model.exists():
+        shutil.rmtree(folder.model)
+    os.replace(beside, folder.model)
+    return folder.model

@@ -1,0 +1,41 @@
+"""Optimizer and schedule from the configuration: torch's AdamW, bitsandbytes' 8-bit ones, transformers' schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..launcher.schema import Optimization
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, and those of the published recipes we follow
+
+
+def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], name: str, learning_rate: float, weight_decay: float) -> Optimizer:
+    """AdamW over the trainable parameters. Weight decay touches matrices only: not norms, not biases."""
+    trainable = [(n, p) for n, p in named if p.requires_grad]
+    groups = [
+        {"params": [p for _, p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for _, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=True)
+    import bitsandbytes as bnb
+
+    kind = {"adamw-8bit": bnb.optim.AdamW8bit, "paged-adamw-8bit": bnb.optim.PagedAdamW8bit}[name]
+    return kind(groups, lr=learning_rate, betas=BETAS, eps=EPSILON)
+
+
+def make_schedule(optimizer: Optimizer, optimization: Optimization, steps: int) -> LRScheduler:
+    """Warm-up from 0, then cosine or linear to 0, or constant. `warmup` below 1 is a share of the steps."""
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if optimization.schedule == "constant" else optimization.schedule
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps(optimization.warmup, steps), num_training_steps=steps)
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    return round(warmup * steps) if warmup < 1 else int(warmup)
