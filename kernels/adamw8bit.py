@@ -1,13 +1,15 @@
-"""One AdamW step with 8-bit blockwise states, in the state layout of bitsandbytes' AdamW8bit: contract, torch, registration.
+"""One AdamW step with 8-bit blockwise states, in the state layout of bitsandbytes' AdamW8bit: contract, torch,
+registration.
 
-States m and v are uint8 codes of the size of the parameter; block i of `blocksize` elements holds qmap[code] * absmax[i]
-(qmap1 signed, qmap2 unsigned, both of 256 ascending values). All in fp32:
+States m and v are uint8 codes of the size of the parameter; block i of `blocksize` elements holds qmap[code] *
+absmax[i] (qmap1 signed, qmap2 unsigned, both of 256 ascending values). All in fp32:
 
     m <- beta1 m + (1 - beta1) g        v <- beta2 v + (1 - beta2) g^2
     p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-and m, v are quantized again to the nearest code of m / max|m| over the block. Loshchilov and Hutter 2019; Dettmers et al. 2022.
-Bytes per element with a 16-bit parameter and gradient: 6 read (p, g, two codes) and 4 written, plus 16/256 of absmax.
+and m, v are quantized again to the nearest code of m / max|m| over the block. Loshchilov and Hutter 2019; Dettmers et
+al. 2022. Bytes per element with a 16-bit parameter and gradient: 6 read (p, g, two codes) and 4 written, plus 16/256
+of absmax.
 """
 
 import math
@@ -33,8 +35,9 @@ def _quantize(values: Tensor, qmap: Tensor, blocksize: int) -> tuple[Tensor, Ten
 
 
 def step_torch(
-    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor, qmap2: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float, blocksize: int,
+    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor,
+    qmap2: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    grad_scale: float, blocksize: int,
 ) -> None:  # fmt: skip
     """Torch: the step in place, a few million elements at a time."""
     flat = param.view(-1)
@@ -55,13 +58,11 @@ def step_torch(
         s2_all[at], absmax2[blocks] = _quantize(v, qmap2, blocksize)
 
 
-@torch.library.custom_op(
-    "trebuchet::adamw8bit_step", mutates_args=("param", "state1", "state2", "absmax1", "absmax2")
-)
+@torch.library.custom_op("trebuchet::adamw8bit_step", mutates_args=("param", "state1", "state2", "absmax1", "absmax2"))
 def adamw8bit_step(
-    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor, qmap2: Tensor,
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, grad_scale: float, blocksize: int,
-    backend: str,
+    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor,
+    qmap2: Tensor, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+    grad_scale: float, blocksize: int, backend: str,
 ) -> None:  # fmt: skip
     dispatch.count("adamw8bit_step", backend)
     arguments = (

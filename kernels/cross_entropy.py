@@ -1,8 +1,9 @@
 """Cross entropy on given logits, per row: contract and registration. The arithmetic is `loss`'s.
 
-For logits that exist anyway (evaluation, classifiers). A language-model head should use `token_loss`, which never forms them.
-loss = lse - z_y and lse per row in fp32, 0 at ignored rows; dlogits = g_loss (p - onehot) + g_lse p, written once.
-Bytes per logit, s bytes each: forward s, backward 2s (the minimum for a row that does not fit in registers).
+For logits that exist anyway (evaluation, classifiers). A language-model head should use `token_loss`, which never
+forms them. loss = lse - z_y and lse per row in fp32, 0 at ignored rows; dlogits = g_loss (p - onehot) + g_lse p,
+written once. Bytes per logit, s bytes each: forward s, backward 2s (the minimum for a row that does not fit in
+registers).
 """
 
 import torch
@@ -75,7 +76,9 @@ def _grad(ctx, g_loss, g_lse):
     if g_loss is None and g_lse is None:
         return (None,) * 6
     logits, labels, lse = ctx.saved_tensors
-    dlogits = cross_entropy_backward(g_loss, g_lse, logits, labels, lse, ctx.ignore, ctx.softcap, ctx.scale, ctx.backend)
+    dlogits = cross_entropy_backward(
+        g_loss, g_lse, logits, labels, lse, ctx.ignore, ctx.softcap, ctx.scale, ctx.backend
+    )
     return dlogits, None, None, None, None, None
 
 

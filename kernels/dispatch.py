@@ -1,8 +1,9 @@
 """Which implementation of an op runs: chosen once per call, forceable, counted. Leaves out the implementations.
 
-Every op of this layer exists twice with one contract: a Triton kernel ("triton") and plain torch ("torch"). The choice is a
-function of device and dtype alone, is made once per call by `choose`, travels as a string argument of the registered op (so that
-the backward pass uses what the forward used, whatever thread runs it), and is counted where the work happens.
+Every op of this layer exists twice with one contract: a Triton kernel ("triton") and plain torch ("torch"). The
+choice is a function of device and dtype alone, is made once per call by `choose`, travels as a string argument of the
+registered op (so that the backward pass uses what the forward used, whatever thread runs it), and is counted where
+the work happens.
 """
 
 import contextlib
@@ -27,7 +28,8 @@ class KernelUnavailable(RuntimeError):
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 at first import of triton)."""
+    """True when Triton kernels run in Triton's interpreter on the CPU (TRITON_INTERPRET=1 at first import of
+    triton)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
@@ -35,8 +37,8 @@ def interpreting() -> bool:
 def force_backend(backend: Backend) -> Iterator[None]:
     """Use `backend` for every op called inside the block, in all threads; the backward of these calls uses it too.
 
-    Raises KernelUnavailable at entry when Triton is missing or has neither a GPU nor its interpreter, and at a call when the
-    op cannot run there with the tensors it was given. Blocks nest; the previous choice returns at exit.
+    Raises KernelUnavailable at entry when Triton is missing or has neither a GPU nor its interpreter, and at a call
+    when the op cannot run there with the tensors it was given. Blocks nest; the previous choice returns at exit.
     """
     global _forced
     if backend not in ("torch", "triton"):
@@ -53,8 +55,8 @@ def force_backend(backend: Backend) -> Iterator[None]:
 def choose(op: str, *tensors: Tensor | None, limit: str | None = None) -> Backend:
     """Backend of one call: "triton" for fp16, bf16 and fp32 on CUDA or ROCm, "torch" elsewhere.
 
-    `limit` is a sentence saying why the Triton kernel cannot take this call (None: it can). Raises KernelUnavailable when
-    "triton" is forced and cannot work.
+    `limit` is a sentence saying why the Triton kernel cannot take this call (None: it can). Raises KernelUnavailable
+    when "triton" is forced and cannot work.
     """
     given = [t for t in tensors if t is not None]
     device = given[0].device.type
@@ -69,7 +71,8 @@ def choose(op: str, *tensors: Tensor | None, limit: str | None = None) -> Backen
             reason = f"its tensors are on {device}, and TRITON_INTERPRET=1 is not set"
         if reason is not None:
             raise KernelUnavailable(
-                f"{op}: the Triton backend is forced but cannot run: {reason}. Leave the force_backend block or change the input."
+                f"{op}: the Triton backend is forced but cannot run: {reason}. "
+                "Leave the force_backend block or change the input."
             )
         return "triton"
     return "triton" if device == "cuda" and reason is None else "torch"

@@ -1,13 +1,13 @@
 """The only door to the kernel layer: functions of plain local tensors with torch-like signatures, each differentiable.
 
-Every function is one op registered with torch.library (schema, fake, autograd) that runs as a Triton kernel on CUDA and ROCm and
-as plain torch elsewhere; `force_backend` overrides that, `calls` says what ran. Inputs are never written to (adamw8bit_step
-excepted), outputs never alias inputs, and what the backward pass needs goes through save_for_backward. A tensor here is local
-and whole: gathering shards is done by the module that owns the weights. Leaves out attention and the matrix products
-themselves, which are torch's.
+Every function is one op registered with torch.library (schema, fake, autograd) that runs as a Triton kernel on CUDA and
+ROCm and as plain torch elsewhere; `force_backend` overrides that, `calls` says what ran. Inputs are never written to
+(adamw8bit_step excepted), outputs never alias inputs, and what the backward pass needs goes through save_for_backward.
+A tensor here is local and whole: gathering shards is done by the module that owns the weights. Leaves out attention and
+the matrix products themselves, which are torch's.
 
-Autocast: ops with matrix products (token_loss, lora_*) cast their inputs as torch.nn.Linear would; the others compute in fp32
-inside and return what transformers' module returns.
+Autocast: ops with matrix products (token_loss, lora_*) cast their inputs as torch.nn.Linear would; the others compute
+in fp32 inside and return what transformers' module returns.
 """
 
 from typing import NamedTuple
@@ -67,8 +67,9 @@ class TokenLoss(NamedTuple):
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, casting: str = "llama") -> Tensor:
     """RMSNorm over the last dimension (Zhang and Sennrich 2019): x rsqrt(mean x^2 + eps) (weight + offset).
 
-    x [..., H], weight [H]. casting "llama" rounds the normalized x to its dtype before the weight (result: promotion of both
-    dtypes), "gemma" multiplies in fp32 and rounds once (result: dtype of x; Gemma's weight also has offset 1).
+    x [..., H], weight [H]. casting "llama" rounds the normalized x to its dtype before the weight (result: promotion
+    of both dtypes), "gemma" multiplies in fp32 and rounds once (result: dtype of x; Gemma's weight also has offset
+    1).
     """
     _check_norm("rms_norm", x, weight, casting)
     backend = choose("rms_norm", x, weight, limit=_too_wide(x))
@@ -78,7 +79,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, casting: str = "llama"
 ) -> tuple[Tensor, Tensor]:
-    """(rms_norm(s), s) with s = x + residual rounded to the dtype of x: a block's residual add and the next norm in one pass.
+    """(rms_norm(s), s) with s = x + residual rounded to the dtype of x: a block's residual add and the next norm in one
+    pass.
 
     x and residual [..., H] of one dtype and shape. The two gradients are equal and share one tensor.
     """
@@ -90,7 +92,8 @@ def add_rms_norm(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """torch.nn.functional.layer_norm over the last dimension, fp32 inside. x [..., H], weight and bias [H]; dtype of x."""
+    """torch.nn.functional.layer_norm over the last dimension, fp32 inside. x [..., H], weight and bias [H]; dtype of
+    x."""
     _check_norm("layer_norm", x, weight, "llama")
     backend = choose("layer_norm", x, weight, bias, limit=_too_wide(x))
     return _norms.layer_norm(x, weight, bias, eps, backend)[0]
@@ -99,14 +102,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rotate q [B, Hq, T, D] and k [B, Hk, T, D] (any strides, kept) by the angles of each token (Su et al. 2021).
 
-    positions None: cos and sin are [B or 1, T, R], already gathered. Otherwise they are a table [P, R] and positions int [B, T].
-    R <= D is the rotary width; both halves of R hold the same angles, as in transformers, and only the first is read.
+    positions None: cos and sin are [B or 1, T, R], already gathered. Otherwise they are a table [P, R] and positions
+    int [B, T]. R <= D is the rotary width; both halves of R hold the same angles, as in transformers, and only the
+    first is read.
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"rope: q {_is(q)} and k {_is(k)} must be [B, heads, T, D] with the same B, T and D")
     wanted = 3 if positions is None else 2
     if cos.dim() != wanted or cos.shape != sin.shape or cos.shape[-1] > q.shape[-1] or cos.shape[-1] % 2:
-        raise ValueError(f"rope: cos {_is(cos)} and sin {_is(sin)} must be {wanted}-dimensional, even and at most {q.shape[-1]} wide")
+        raise ValueError(
+            f"rope: cos {_is(cos)} and sin {_is(sin)} must be {wanted}-dimensional, even and at most {q.shape[-1]} wide"
+        )
     if positions is None and (cos.shape[1] != q.shape[2] or cos.shape[0] not in (1, q.shape[0])):
         raise ValueError(f"rope: cos {_is(cos)} does not fit {q.shape[0]} x {q.shape[2]} tokens")
     backend = choose("rope", q, k, cos)
@@ -138,16 +144,19 @@ def token_loss(
     return_argmax: bool = False,
     chunk: int | None = None,
 ) -> TokenLoss:
-    """Log-probability of each label under softmax(cap(logit_scale * (hidden weight^T + bias))), without keeping the logits.
+    """Log-probability of each label under softmax(cap(logit_scale * (hidden weight^T + bias))), without keeping the
+    logits.
 
-    hidden [..., H]; weight [V, H]; labels int64 of hidden's leading shape, aligned (no shift inside), ignore_index where a token
-    does not count. cap(x) = softcap tanh(x / softcap). Differentiable in logp, lse and entropy with any upstream gradient; SFT is
-    -logp.sum() / count, DPO and its kin sum logp per sequence. A weight that does not require a gradient gets none computed, and
-    then two products suffice in all as long as only logp is used. `chunk` is the tokens whose logits are alive at once
-    (default: the launch table). hidden is cast to the dtype of weight.
+    hidden [..., H]; weight [V, H]; labels int64 of hidden's leading shape, aligned (no shift inside), ignore_index
+    where a token does not count. cap(x) = softcap tanh(x / softcap). Differentiable in logp, lse and entropy with any
+    upstream gradient; SFT is -logp.sum() / count, DPO and its kin sum logp per sequence. A weight that does not
+    require a gradient gets none computed, and then two products suffice in all as long as only logp is used. `chunk`
+    is the tokens whose logits are alive at once (default: the launch table). hidden is cast to the dtype of weight.
     """
     if hidden.shape[:-1] != labels.shape or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(f"token_loss: hidden {_is(hidden)}, weight {_is(weight)} and labels {_is(labels)} do not fit together")
+        raise ValueError(
+            f"token_loss: hidden {_is(hidden)}, weight {_is(weight)} and labels {_is(labels)} do not fit together"
+        )
     hidden, weight, bias = _as_linear(hidden, weight, bias)
     backend = choose("token_loss", hidden, weight)
     train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -155,7 +164,8 @@ def token_loss(
     rows = learning and hidden.requires_grad and not train_head
     logp, lse, entropy, argmax, _ = _loss.token_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, softcap, logit_scale, ignore_index,
-        return_entropy, return_argmax, rows, chunk or token_chunk(hidden.device.type, trained=learning and train_head), backend,
+        return_entropy, return_argmax, rows, chunk or token_chunk(hidden.device.type, trained=learning and train_head),
+        backend,
     )  # fmt: skip
     shape = labels.shape
     return TokenLoss(
@@ -169,7 +179,8 @@ def token_loss(
 def cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, softcap: float | None = None, logit_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(loss, lse) per row, fp32, in the shape of labels; 0 where ignored. logits [..., V] up to 262,144 wide, labels int64.
+    """(loss, lse) per row, fp32, in the shape of labels; 0 where ignored. logits [..., V] up to 262,144 wide, labels
+    int64.
 
     The reduction is the caller's: both results carry any upstream gradient, and the gradient is written once.
     """
@@ -182,11 +193,22 @@ def cross_entropy(
 
 
 def nf4_dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [weight.shape] in `dtype` (default: weight.dtype), bit for bit what bitsandbytes gives; no gradient."""
+    """The weight [weight.shape] in `dtype` (default: weight.dtype), bit for bit what bitsandbytes gives; no
+    gradient."""
     w = weight
     backend = choose("nf4_dequantize", w.packed, w.code)
     return _nf4.nf4_dequantize(
-        w.packed, w.absmax, w.code, w.code2, w.absmax2, w.offset, w.shape, dtype or w.dtype, w.blocksize, w.blocksize2, backend
+        w.packed,
+        w.absmax,
+        w.code,
+        w.code2,
+        w.absmax2,
+        w.offset,
+        w.shape,
+        dtype or w.dtype,
+        w.blocksize,
+        w.blocksize2,
+        backend,
     )
 
 
@@ -199,23 +221,27 @@ def lora_linear(
     bias: Tensor | None = None,
     x_lora: Tensor | None = None,
 ) -> Tensor:
-    """x weight^T + bias + scaling (x_lora A^T) B^T (Hu et al. 2021). x [..., in], weight [out, in], A [r, in], B [out, r].
+    """x weight^T + bias + scaling (x_lora A^T) B^T (Hu et al. 2021). x [..., in], weight [out, in], A [r, in], B [out,
+    r].
 
-    x_lora (default x) is the adapter's input where dropout changed it. A and B may be None (adapters off). Computes in the
-    dtype of x (autocast's, if on); gradients come back in each tensor's own dtype. Dense weights that require it get one too.
+    x_lora (default x) is the adapter's input where dropout changed it. A and B may be None (adapters off). Computes
+    in the dtype of x (autocast's, if on); gradients come back in each tensor's own dtype. Dense weights that require
+    it get one too.
     """
     return _project(x, [LoraLinear(weight=weight, A=A, B=B, scaling=scaling, bias=bias, x_lora=x_lora)])[0]
 
 
 def lora_qkv(x: Tensor, *projections: LoraLinear) -> tuple[Tensor, ...]:
-    """Several LoRA projections of one x [..., in] (q, k and v, or gate and up), whose input gradient accumulates in one buffer."""
+    """Several LoRA projections of one x [..., in] (q, k and v, or gate and up), whose input gradient accumulates in one
+    buffer."""
     return _project(x, projections)
 
 
 def lora_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, *, activation: str = "silu") -> Tensor:
     """down(act(gate(x)) * up(x)) with LoRA on any of the three; activation "silu", "gelu" or "gelu_tanh". x [..., H].
 
-    Keeps x, gate(x) and up(x) for the backward pass, not their product. Dropout must be zero (x_lora is not taken here).
+    Keeps x, gate(x) and up(x) for the backward pass, not their product. Dropout must be zero (x_lora is not taken
+    here).
     """
     if activation not in _glu.ACTIVATIONS:
         raise ValueError(f"lora_mlp: activation is {activation!r}; it must be one of {', '.join(_glu.ACTIVATIONS)}")
@@ -225,13 +251,15 @@ def lora_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, *, a
     tensors, spec, scalings = _lora.pack((gate, up, down))
     backend = choose("lora_mlp", x)
     flat = x.reshape(-1, x.shape[-1])
-    return _lora.lora_mlp(flat, tensors, spec, scalings, activation, backend)[0].view(*x.shape[:-1], down.weight.shape[0])
+    return _lora.lora_mlp(flat, tensors, spec, scalings, activation, backend)[0].view(
+        *x.shape[:-1], down.weight.shape[0]
+    )
 
 
 def adamw8bit_step(
-    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor, qmap2: Tensor,
-    *, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, step: int,
-    grad_scale: float = 1.0, blocksize: int = 256,
+    param: Tensor, grad: Tensor, state1: Tensor, state2: Tensor, absmax1: Tensor, absmax2: Tensor, qmap1: Tensor,
+    qmap2: Tensor, *, lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8,
+    weight_decay: float = 0.0, step: int, grad_scale: float = 1.0, blocksize: int = 256,
 ) -> None:  # fmt: skip
     """One AdamW step in place on param, states and absmaxes, with the state layout of bitsandbytes' AdamW8bit.
 
@@ -247,7 +275,7 @@ def adamw8bit_step(
     )  # fmt: skip
 
 
-# --- helpers --------------------------------------------------------------------------------------------------------------
+# --- helpers ----------------------------------------------------------------------------------------------------------
 
 
 def _project(x: Tensor, projections) -> tuple[Tensor, ...]:

@@ -50,7 +50,9 @@ def _(e, g, activation, backend):
 
 
 @torch.library.custom_op("trebuchet::glu_backward", mutates_args=())
-def glu_backward(dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def glu_backward(
+    dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
     dispatch.count("swiglu_backward" if activation == "silu" else "geglu_backward", backend)
     if backend == "triton":
         from .triton_kernels import glu as kernels

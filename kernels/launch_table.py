@@ -1,14 +1,16 @@
-"""The launch settings of every kernel: data and the few rules that read it. No tuning at run time, nothing measured here.
+"""The launch settings of every kernel: data and the few rules that read it. No tuning at run time, nothing measured
+here.
 
 Blocks, warps and chunk sizes decide the order in which numbers are added, so all ranks of a run must use the same ones:
-`functional.launch_table_hash()` is compared at start. Change a number only together with tests/kernels (registers, spills,
-shared memory per chip) and say which figure moved.
+`functional.launch_table_hash()` is compared at start. Change a number only together with tests/kernels (registers,
+spills, shared memory per chip) and say which figure moved.
 """
 
 import hashlib
 import json
 
-# Elements a row is padded to -> warps. 16 elements a thread at most up to 8,192 columns, so that a row stays in registers.
+# Elements a row is padded to -> warps. 16 elements a thread at most up to 8,192 columns, so that a row stays in
+# registers.
 ROW_WARPS = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 32768: 32}
 
 TABLE: dict[str, dict[str, int]] = {
@@ -25,14 +27,16 @@ TABLE: dict[str, dict[str, int]] = {
     "loss_gradient": {"block": 4096, "warps": 8},
     "nf4_dequantize": {"block": 2048, "warps": 4},
     "adamw8bit": {"warps": 2},
-    # Tokens whose logits are alive at once. W is read twice per chunk: the products hide that from the chip's FLOP/byte ridge on
-    # (T4 203, A100 153, H100 295 for 16 bits), twice that and more when dW accumulates too. A CPU is past its ridge at 512.
+    # Tokens whose logits are alive at once. W is read twice per chunk: the products hide that from the chip's FLOP/byte
+    # ridge on (T4 203, A100 153, H100 295 for 16 bits), twice that and more when dW accumulates too. A CPU is past its
+    # ridge at 512.
     "token_chunk": {"cuda_frozen": 512, "cuda_trained": 2048, "other_frozen": 512, "other_trained": 1024},
 }
 
 
 def token_chunk(device_type: str, *, trained: bool) -> int:
-    """Tokens per chunk of token_loss: a function of the kind of device and of whether the head trains, never of free memory."""
+    """Tokens per chunk of token_loss: a function of the kind of device and of whether the head trains, never of free
+    memory."""
     place = "cuda" if device_type == "cuda" else "other"
     return TABLE["token_chunk"][f"{place}_{'trained' if trained else 'frozen'}"]
 

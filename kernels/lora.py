@@ -1,13 +1,15 @@
 """Linear layers with LoRA on a dense or NF4 base, alone, several on one input (q, k, v), or as a gated MLP.
 
-    y  = x W^T + b + s (x_l A^T) B^T                      W [out, in], A [r, in], B [out, r]; x_l is x, or x after dropout
-    t  = s dy B [N, r]      dx = dy W + t A      dA = t^T x_l      dB = s dy^T (x_l A^T)      dW = dy^T x      db = sum dy
-    MLP: h = act(e) g with e, g from x;  dh as dx above with down's weights, then de, dg (see `glu`), then dx summed over both
+    y  = x W^T + b + s (x_l A^T) B^T          W [out, in], A [r, in], B [out, r]; x_l is x, or x after dropout
+    t  = s dy B [N, r]        dx = dy W + t A        dA = t^T x_l        dB = s dy^T (x_l A^T)
+    dW = dy^T x               db = sum dy
+    MLP: h = act(e) g with e, g from x; dh as dx with down's weights, then de, dg (see `glu`), then dx over both
 
-The matrix products are the vendor library's (torch.mm). What this adds to autograd over three modules: dy B is formed once and
-x A^T is kept, x is kept once for all projections, dx accumulates into one buffer, h is not kept but formed again, and an NF4
-base is dequantized again in the backward pass, one weight at a time, so none outlives its use. A frozen base gets no gradient.
-Everything the backward pass reads goes through save_for_backward, so saved-tensor hooks (offloading, checkpointing) see it.
+The matrix products are the vendor library's (torch.mm). What this adds to autograd over three modules: dy B is formed
+once and x A^T is kept, x is kept once for all projections, dx accumulates into one buffer, h is not kept but formed
+again, and an NF4 base is dequantized again in the backward pass, one weight at a time, so none outlives its use. A
+frozen base gets no gradient. Everything the backward pass reads goes through save_for_backward, so saved-tensor hooks
+(offloading, checkpointing) see it.
 """
 
 from collections.abc import Sequence
@@ -33,7 +35,8 @@ class LoraLinear:
     x_lora: Tensor | None = None
 
 
-# Per projection, in the integer list of the op's schema: is it NF4, is that nested, has it LoRA, bias, x_lora; out, in; block sizes.
+# Per projection, in the integer list of the op's schema: is it NF4, is that nested, has it LoRA, bias, x_lora; out, in;
+# block sizes.
 _FIELDS = 9
 
 
@@ -127,7 +130,7 @@ def _unpack(tensors: Sequence[Tensor], spec: Sequence[int], scalings: Sequence[f
     return found
 
 
-# --- projections of one input ---------------------------------------------------------------------------------------------
+# --- projections of one input -----------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("trebuchet::lora_project", mutates_args=())
@@ -176,7 +179,7 @@ def _project_grad(ctx, grads):
 lora_project.register_autograd(_project_grad, setup_context=_project_setup)
 
 
-# --- gated MLP ------------------------------------------------------------------------------------------------------------
+# --- gated MLP --------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("trebuchet::lora_mlp", mutates_args=())

@@ -1,21 +1,24 @@
-"""Per-token loss from hidden states (`token_loss`) or from logits (`cross_entropy`): contract, chunk loop, registration.
+"""Per-token loss from hidden states (`token_loss`) or from logits (`cross_entropy`): contract, chunk loop,
+registration.
 
 With z = cap(scale (h W^T + b)), cap(x) = softcap tanh(x / softcap), p = softmax(z) and label y, per token and in fp32
 
     lse = log sum exp z       logp = z_y - lse       entropy = lse - sum p z
     dz  = g_logp (onehot - p) + g_lse p - g_entropy p (z - lse + entropy)
-    dh  = dz W                dW = dz^T h            db = sum over tokens of dz             (dz times scale and 1 - (z/softcap)^2)
+    dh  = dz W                dW = dz^T h            db = sum over tokens of dz             (dz times scale and 1 -
+    (z/softcap)^2)
 
-The logits of `chunk` tokens are the only [., V] tensor alive, and their buffer is overwritten by dz. Tokens whose label is
-ignore_index are dropped before the product (on a GPU that count is the one host synchronisation of the op).
+The logits of `chunk` tokens are the only [., V] tensor alive, and their buffer is overwritten by dz. Tokens whose label
+is ignore_index are dropped before the product (on a GPU that count is the one host synchronisation of the op).
 
-How many products: a frozen head needs two in all when only logp gets a gradient, because then dh is a row known in the forward
-pass times one number per token that arrives later. Anything else recomputes the logits in the backward pass (four products with
-dW), so any upstream gradient is right and nothing of size V x H is kept between the passes.
+How many products: a frozen head needs two in all when only logp gets a gradient, because then dh is a row known in
+the forward pass times one number per token that arrives later. Anything else recomputes the logits in the backward
+pass (four products with dW), so any upstream gradient is right and nothing of size V x H is kept between the passes.
 
-Bytes: the statistics read each logit once, the gradient reads and writes it once: 3s per logit (s bytes each), where a kernel
-that keeps the row in registers would need 2s and spills beyond 32,768 columns. Weight traffic is why chunks are not smaller
-than `launch_table.token_chunk`: W is read twice per chunk, which the products hide from 512 tokens (frozen) or 2,048 (dW too).
+Bytes: the statistics read each logit once, the gradient reads and writes it once: 3s per logit (s bytes each), where a
+kernel that keeps the row in registers would need 2s and spills beyond 32,768 columns. Weight traffic is why chunks are
+not smaller than `launch_table.token_chunk`: W is read twice per chunk, which the products hide from 512 tokens (frozen)
+or 2,048 (dW too).
 """
 
 import torch
@@ -119,18 +122,30 @@ def _empty_results(hidden: Tensor, labels: Tensor, want_entropy: bool, want_argm
 
 @token_loss.register_fake
 def _(
-    hidden, weight, labels, bias, softcap, logit_scale, ignore_index, want_entropy, want_argmax, want_rows, chunk, backend
+    hidden,
+    weight,
+    labels,
+    bias,
+    softcap,
+    logit_scale,
+    ignore_index,
+    want_entropy,
+    want_argmax,
+    want_rows,
+    chunk,
+    backend,
 ):
     return _empty_results(hidden, labels, want_entropy, want_argmax, want_rows)
 
 
 @torch.library.custom_op("trebuchet::token_loss_backward", mutates_args=())
 def token_loss_backward(
-    g_logp: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor, labels: Tensor,
-    bias: Tensor | None, lse: Tensor, entropy: Tensor, softcap: float | None, logit_scale: float, ignore_index: int,
-    want_dh: bool, want_dw: bool, want_db: bool, chunk: int, backend: str,
+    g_logp: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
+    labels: Tensor, bias: Tensor | None, lse: Tensor, entropy: Tensor, softcap: float | None, logit_scale: float,
+    ignore_index: int, want_dh: bool, want_dw: bool, want_db: bool, chunk: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dh, dW, db (empty unless wanted) for any upstream gradients, by recomputing the logits; dW and db accumulate in fp32."""
+    """dh, dW, db (empty unless wanted) for any upstream gradients, by recomputing the logits; dW and db accumulate in
+    fp32."""
     dispatch.count("token_loss_backward", backend)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     dh = hidden.new_zeros(hidden.shape if want_dh else (0,))
@@ -167,7 +182,9 @@ def _(
 
 
 def _setup(ctx, inputs, output):
-    hidden, weight, labels, bias, ctx.softcap, ctx.scale, ctx.ignore, _, _, ctx.has_rows, ctx.chunk, ctx.backend = inputs
+    hidden, weight, labels, bias, ctx.softcap, ctx.scale, ctx.ignore, _, _, ctx.has_rows, ctx.chunk, ctx.backend = (
+        inputs
+    )
     _, lse, entropy, _, rows = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, rows)

@@ -1,14 +1,17 @@
-"""Softmax statistics and gradients of logit rows in plain torch: what `loss` runs on a CPU, and the oracle of its kernels.
+"""Softmax statistics and gradients of logit rows in plain torch: what `loss` runs on a CPU, and the oracle of its
+kernels.
 
-Leaves out the matrix products and the chunking (`loss`). Rows are taken a few at a time into one fp32 buffer that stays in the
-cache: on a 2-core Zen 4 (AVX-512) at vocabulary 49,152 that costs 0.5 ns per logit, against 3.3 ns for one bf16 matrix product
-of hidden size 576, while the same steps on the whole [512, 49152] chunk cost three times as much in page faults (measured).
+Leaves out the matrix products and the chunking (`loss`). Rows are taken a few at a time into one fp32 buffer that stays
+in the cache: on a 2-core Zen 4 (AVX-512) at vocabulary 49,152 that costs 0.5 ns per logit, against 3.3 ns for one bf16
+matrix product of hidden size 576, while the same steps on the whole [512, 49152] chunk cost three times as much in page
+faults (measured).
 """
 
 import torch
 from torch import Tensor
 
-# Elements of the fp32 work buffer. 2^20 is 21 rows of 49,152 logits, two buffers of 4 MiB: measured flat from 2^19 to 2^21.
+# Elements of the fp32 work buffer. 2^20 is 21 rows of 49,152 logits, two buffers of 4 MiB: measured flat from 2^19 to
+# 2^21.
 _BLOCK = 1 << 20
 
 Stats = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -27,8 +30,8 @@ def softmax_rows(
 ) -> Stats:
     """Statistics of z = cap(logit_scale * logits) per row, and optionally the gradient with respect to `logits`.
 
-    logits [C, V] float; labels [C] int64 in [0, V). Returns logp, lse (fp32, or fp64 for fp64 logits), entropy and argmax [C]
-    (empty unless wanted). With `grads`, the upstream gradients of (logp, lse, entropy), writes
+    logits [C, V] float; labels [C] int64 in [0, V). Returns logp, lse (fp32, or fp64 for fp64 logits), entropy and
+    argmax [C] (empty unless wanted). With `grads`, the upstream gradients of (logp, lse, entropy), writes
 
         dlogits = (g_logp (onehot - p) + g_lse p - g_entropy p (z - lse + entropy)) * dz/dlogits
 
@@ -75,7 +78,14 @@ def _capped(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
 
 
 def _gradient(
-    z: Tensor, p: Tensor, y: Tensor, lse: Tensor, entropy: Tensor | None, g: list[Tensor | None], softcap: float | None, scale: float
+    z: Tensor,
+    p: Tensor,
+    y: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    g: list[Tensor | None],
+    softcap: float | None,
+    scale: float,
 ) -> None:
     """p <- the gradient with respect to the uncapped, unscaled logits; z is used up."""
     g_logp, g_lse, g_entropy = g

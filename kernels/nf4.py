@@ -1,13 +1,14 @@
 """NF4 weights: the bundle of plain tensors that the ops take, and dequantization bit-exact to bitsandbytes.
 
-Layout (bitsandbytes): element 2i sits in the high nibble of byte i and 2i+1 in the low one, flat over the row-major weight; one
-absmax per `blocksize` elements. With double quantization absmax is uint8 and stands for code2[absmax] * absmax2 + offset, with one
-absmax2 per `blocksize2` absmaxes. Then, all in fp32 and rounded once at the end,
+Layout (bitsandbytes): element 2i sits in the high nibble of byte i and 2i+1 in the low one, flat over the row-major
+weight; one absmax per `blocksize` elements. With double quantization absmax is uint8 and stands for code2[absmax] *
+absmax2 + offset, with one absmax2 per `blocksize2` absmaxes. Then, all in fp32 and rounded once at the end,
 
-    value = code[nibble] * absmax                                           code: the 16 levels, taken from the checkpoint
+    value = code[nibble] * absmax                              code: the 16 levels, taken from the checkpoint
 
 The product and the sum of the double quantization are rounded separately (no fused multiply-add), as bitsandbytes does.
-Bytes per element: 0.5 packed + 1/64 absmax + itemsize written; 2.52 for a 16-bit result. Quantization stays bitsandbytes'.
+Bytes per element: 0.5 packed + 1/64 absmax + itemsize written; 2.52 for a 16-bit result. Quantization stays
+bitsandbytes'.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from . import dispatch
 
-# Packed bytes handled at a time by the torch path: bounds its index tensor to 8 MiB (measured flat from 2^18 to 2^22 on a CPU).
+# Packed bytes handled at a time by the torch path: bounds its index tensor to 8 MiB (measured flat from 2^18 to 2^22 on
+# a CPU).
 _CHUNK = 1 << 20
 
 
@@ -59,7 +61,9 @@ class NF4Weight:
 
     def tensors(self) -> list[Tensor]:
         """packed, absmax, code and, with double quantization, code2, absmax2, offset."""
-        return [self.packed, self.absmax, self.code] + [t for t in (self.code2, self.absmax2, self.offset) if t is not None]
+        return [self.packed, self.absmax, self.code] + [
+            t for t in (self.code2, self.absmax2, self.offset) if t is not None
+        ]
 
 
 def dequantize_torch(

@@ -9,11 +9,12 @@ its gradient dx = dr = ds + dnorm(s) is formed once. LayerNorm subtracts the mea
 
     y = xhat w + b        dx = rstd (g - mean(g) - xhat mean(g xhat))        dw = sum dy xhat        db = sum dy
 
-`casting` says where the low-precision rounding of RMSNorm happens, as in transformers: "llama" rounds xhat to the dtype of x and
-then multiplies by w (result dtype: promotion of the two), "gemma" multiplies in fp32 and rounds once (dtype of x).
+`casting` says where the low-precision rounding of RMSNorm happens, as in transformers: "llama" rounds xhat to the
+dtype of x and then multiplies by w (result dtype: promotion of the two), "gemma" multiplies in fp32 and rounds once
+(dtype of x).
 
-Bytes per element of x, s bytes each (the minimum: each input once, each output once; w and 4-byte row statistics aside):
-forward 2s (add: 4s), backward 3s (add: 4s, dx and dr being one tensor), plus H * (s + 4 * programs) for dw.
+Bytes per element of x, s bytes each (the minimum: each input once, each output once; w and 4-byte row statistics
+aside): forward 2s (add: 4s), backward 3s (add: 4s, dx and dr being one tensor), plus H * (s + 4 * programs) for dw.
 """
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from . import dispatch
 
-# A row is one block of registers. Wider rows go to torch: 32,768 columns is where block reductions start to spill on sm_75.
+# A row is one block of registers. Wider rows go to torch: 32,768 columns is where block reductions start to spill on
+# sm_75.
 MAX_WIDTH = 32768
 
 
@@ -41,7 +43,8 @@ def rms_forward(x: Tensor, weight: Tensor, eps: float, offset: float, casting: s
 def rms_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, ds: Tensor | None, offset: float, casting: str, want_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """Torch: dx in the dtype of x (plus ds, the gradient that reaches x past the norm), dw in the dtype of weight (or empty)."""
+    """Torch: dx in the dtype of x (plus ds, the gradient that reaches x past the norm), dw in the dtype of weight (or
+    empty)."""
     xf = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     dyf = dy.to(xf.dtype)
     xhat = xf * rstd.to(xf.dtype).reshape(*x.shape[:-1], 1)
@@ -82,7 +85,7 @@ def layer_backward(
     return dx.to(x.dtype).contiguous(), dw, db
 
 
-# --- registration ---------------------------------------------------------------------------------------------------------
+# --- registration -----------------------------------------------------------------------------------------------------
 
 
 def out_dtype(x: Tensor, weight: Tensor, casting: str) -> torch.dtype:
@@ -135,7 +138,15 @@ def _(x, residual, weight, eps, offset, casting, backend):
 
 @torch.library.custom_op("trebuchet::rms_norm_backward", mutates_args=())
 def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, ds: Tensor | None, offset: float, casting: str, want_dw: bool, backend: str
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    ds: Tensor | None,
+    offset: float,
+    casting: str,
+    want_dw: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     dispatch.count("rms_norm_backward" if ds is None else "add_rms_norm_backward", backend)
     if backend == "triton":

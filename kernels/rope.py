@@ -4,9 +4,9 @@ Half-split ("rotate half") convention of transformers: with a, b the two halves 
 
     (a, b) -> (a c - b s, b c + a s)
 
-The map is a rotation, so the backward pass is the same op with s -> -s. Positions are explicit: cos and sin are either already
-gathered per token or a table indexed by `positions`; packed, padded and plain sequences are then the same case. Channels past the
-rotary width (partial rotary) pass through.
+The map is a rotation, so the backward pass is the same op with s -> -s. Positions are explicit: cos and sin are either
+already gathered per token or a table indexed by `positions`; packed, padded and plain sequences are then the same case.
+Channels past the rotary width (partial rotary) pass through.
 
 Bytes per element of q and k, s bytes each: 2s, the minimum, plus cos and sin once per token.
 """
