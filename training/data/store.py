@@ -1,0 +1,161 @@
+"""Tokens of one source on disk: written beside and renamed, then memory-mapped by every rank.
+
+    KEY/ids.bin      int32, all samples one after another, nothing cut
+    KEY/mask.bin     uint8, the same length
+    KEY/samples.npy  one record a sample (`SAMPLE`)
+    KEY/meta.json    what was recognised and counted; written last
+
+A lock file keeps a second process from doing the same work; where the file system knows no locks the work is done twice and one
+result stays, because the rename is what makes it right. Left out: what goes into the key (`prepare.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from ...launcher.errors import DataError
+
+# `row` is the line or row number in the source; the keys identify the prompt and the whole sample (64-bit hashes).
+SAMPLE = np.dtype(
+    [("offset", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("row", "<i8"), ("prompt", "<u8"), ("whole", "<u8")]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """An open entry: `ids` and `mask` are memory maps, `samples` an array of SAMPLE."""
+
+    key: str
+    ids: np.ndarray
+    mask: np.ndarray
+    samples: np.ndarray
+    meta: dict[str, Any]
+
+
+class Writer:
+    """Appends samples to the two files of an entry that is being made."""
+
+    def __init__(self, folder: Path):
+        self._ids: IO[bytes] = (folder / "ids.bin").open("wb")
+        self._mask: IO[bytes] = (folder / "mask.bin").open("wb")
+        self._samples: list[tuple[int, int, int, int, int, int]] = []
+        self._offset = 0
+
+    def add(self, ids: np.ndarray, mask: np.ndarray, *, row: int, keys: tuple[int, int]) -> None:
+        self._ids.write(ids.astype("<i4", copy=False).tobytes())
+        self._mask.write(mask.tobytes())
+        self._samples.append((self._offset, len(ids), int(mask.sum()), row, *keys))
+        self._offset += len(ids)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def finish(self, folder: Path) -> None:
+        for file in (self._ids, self._mask):
+            _sync(file)
+        with (folder / "samples.npy").open("wb") as file:
+            np.save(file, np.array(self._samples, dtype=SAMPLE))
+            _sync(file)
+
+    def close(self) -> None:
+        self._ids.close()
+        self._mask.close()
+
+
+def open_store(cache: Path, key: str) -> Store | None:
+    """The entry, or None when there is none or its sizes are not what its record says."""
+    folder = cache / key
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        samples = np.load(folder / "samples.npy", mmap_mode="r")
+        ids = np.memmap(folder / "ids.bin", dtype="<i4", mode="r")
+        mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r")
+    except (OSError, ValueError):
+        return None
+    if not len(samples) == meta["samples"] or not len(ids) == len(mask) == meta["tokens"]:
+        return None
+    return Store(key=key, ids=ids, mask=mask, samples=samples, meta=meta)
+
+
+def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> Store:
+    """Opens the entry, or makes it: `fill` adds the samples and returns what meta.json is to hold. What fill raises goes through,
+    and nothing stays behind."""
+    if store := open_store(cache, key):
+        return store
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / f"{key}.lock"):
+            if store := open_store(cache, key):  # another process made it while we waited
+                return store
+            _make(cache, key, fill)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"{cache}: no space left for the tokenized data (about 1.2 bytes per byte of text); free some or move the cache."
+            ) from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise DataError(f"{cache}: the data cache cannot be written: {error.strerror}.") from None
+        raise
+    store = open_store(cache, key)
+    assert store is not None, f"{cache / key} was just written"
+    return store
+
+
+def _make(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> None:
+    beside = cache / f"{key}.tmp-{uuid.uuid4().hex[:12]}"
+    beside.mkdir()
+    writer = Writer(beside)
+    try:
+        meta = fill(writer)
+        writer.finish(beside)
+        writer.close()
+        meta |= {"samples": len(writer), "tokens": (beside / "mask.bin").stat().st_size}
+        with (beside / "meta.json").open("w", encoding="utf-8") as file:
+            json.dump(meta, file, indent=1)
+            _sync(file)
+        _into_place(beside, cache / key)
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk closing flushes and fails again
+            writer.close()
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _into_place(beside: Path, target: Path) -> None:
+    """Renames; an entry that stands there already was made by another process (kept) or is damaged (replaced)."""
+    for _ in range(2):
+        try:
+            os.rename(beside, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if open_store(target.parent, target.name):
+                return
+            shutil.rmtree(target, ignore_errors=True)
+    raise OSError(errno.EEXIST, "an entry of the data cache cannot be replaced", str(target))
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        # Some cluster file systems (Lustre without -o flock) know no locks: see the note at the top.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sync(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
