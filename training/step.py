@@ -81,6 +81,10 @@ class Stepper:
         with self.autocasting():
             return LOSSES[self.objective](self.model, moved, kernels=self.kernels)
 
+    def model_inside(self) -> torch.nn.Module:
+        """The model without its DDP wrapper, so that parameter names are the same on one rank and on many."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
     def autocasting(self) -> contextlib.AbstractContextManager[object]:
         if self.autocast is None:
             return contextlib.nullcontext()

@@ -1,0 +1,235 @@
+"""The verbs from Python, and what the command line calls: plan, run, submit, resume.
+
+    import trebuchet
+    plan = trebuchet.plan({"model": "Qwen/Qwen2.5-7B-Instruct", "data": "train.jsonl"}, cluster="a100-80gb-8")
+    trebuchet.run("train.yaml", overrides=["optimization.max_steps=10"])
+
+`config` is a path, a mapping as in the YAML, or a `TrainConfig`. Deciding loads no torch; running loads it after every check
+that can be made without it. Nothing is written before all checks have passed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import record
+from .cluster import Cluster, load_cluster
+from .config import build_config, dump_config, load_config
+from .errors import JobFailed, NothingFits, RunError, SchedulerRefused
+from .job import JobHandle, JobState
+from .model_spec import load_model_spec
+from .plan import Plan
+from .planner import make_plan
+from .run_folder import RunFolder, new_run, open_run, require_disk
+from .schema import TrainConfig
+
+if TYPE_CHECKING:
+    from ..training.data import Prepared
+
+ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
+
+
+def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides: Sequence[str] = ()) -> Plan:
+    """Decides how to train; starts and writes nothing. A plan with `feasible=False` is returned, not raised."""
+    checked = _config(config, overrides)
+    if isinstance(cluster, str):
+        checked = checked.model_copy(update={"cluster": checked.cluster.model_copy(update={"name": cluster})})
+        cluster = None
+    where = cluster or load_cluster(checked.cluster.name)
+    return make_plan(checked, load_model_spec(checked.model), where, examples=count_examples(checked))
+
+
+def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:
+    """Trains on this machine, in the foreground, through accelerate. Raises JobFailed when the run fails or is stopped."""
+    folder, decided = begin(config, overrides=overrides)
+    return _finish(folder, decided)
+
+
+def submit(config: ConfigLike, *, cluster: str | None = None, overrides: Sequence[str] = ()) -> JobHandle:
+    """Hands the job to the cluster's scheduler and returns at once."""
+    folder, decided = begin(config, cluster=cluster, overrides=overrides)
+    from . import local
+
+    return local.submit(folder, decided)
+
+
+def resume(run: str) -> JobHandle:
+    """Goes on with a run from its newest valid checkpoint, with its own plan."""
+    folder = open_run(run)
+    state = current_state(folder)
+    if state == JobState.RUNNING:
+        raise RunError(f"{run} is running; follow it with `trebuchet logs -f {run}`.")
+    if state == JobState.SUCCEEDED:
+        raise RunError(f"{run} is finished; its model is in {folder.model}.")
+    return _finish(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+
+
+def begin(config: ConfigLike, *, cluster: str | None = None, overrides: Sequence[str] = ()) -> tuple[RunFolder, Plan]:
+    """Every check, then the run folder with train.yaml, plan.json and run.json: ready for a scheduler."""
+    checked = _config(config, overrides)
+    folder = new_run(checked.output)
+    decided = plan(checked, cluster=cluster)
+    if not decided.feasible:
+        raise NothingFits(nothing_fits(decided), decided)
+    refuse_what_cannot_start(decided)
+    decided = decided.model_copy(update={"config": absolute(decided.config)})
+    data = preflight(decided)
+    require_disk(folder, disk_bytes(decided), "the run (checkpoints and the final model)")
+    write(folder, decided, data)
+    return folder, decided
+
+
+def preflight(decided: Plan) -> Prepared:
+    """Weights found, tokenizer opened, data read, rendered, tokenized, masked and checked; the workers find it cached."""
+    from ..training import load
+    from ..training.data import prepare
+
+    folder = load.model_folder(decided.config.model, decided.model)
+    return prepare(
+        decided.config.data,
+        decided.config.objective,
+        tokenizer=load.load_tokenizer(folder, decided.config.model),
+        tokenizer_id=decided.config.model.name,
+        model_max_length=decided.model.max_position_embeddings,
+        cache_dir=load.cache_folder() / "data",
+        seed=decided.config.optimization.seed,
+    )
+
+
+def write(folder: RunFolder, decided: Plan, data: Prepared) -> None:
+    """Beside, then renamed: a run folder exists whole or not at all."""
+    folder.root.parent.mkdir(parents=True, exist_ok=True)
+    beside = RunFolder(folder.root.with_name(f".{folder.root.name}.{os.getpid()}"))
+    beside.root.mkdir()
+    try:
+        beside.config.write_text(dump_config(decided.config), encoding="utf-8")
+        beside.plan.write_text(decided.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        record.create(
+            beside,
+            run=folder.root.name,
+            command=record.command_line(),
+            seed=decided.config.optimization.seed,
+            model={"name": decided.model.name, "revision": decided.model.revision, "params": decided.model.params},
+            data=data.report.to_json(),
+        )
+        if folder.root.exists():
+            folder.root.rmdir()  # it was empty when new_run looked; not empty any more is an error here
+        os.rename(beside.root, folder.root)
+    except OSError as error:
+        raise RunError(f"the run folder {folder.root} could not be written: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(beside.root, ignore_errors=True)
+
+
+def refuse_what_cannot_start(decided: Plan) -> None:
+    chosen = decided.chosen
+    assert chosen is not None
+    if decided.cluster.scheduler != "local":
+        raise SchedulerRefused(
+            f"{decided.cluster.name} is scheduled by {decided.cluster.scheduler}, which this version plans for but does not start."
+        )
+    if chosen.parallel not in ("none", "ddp") or chosen.offload != "none":
+        raise SchedulerRefused(
+            f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
+            "does not start; one device and ddp without offload it does: --set strategy.parallel=ddp."
+        )
+
+
+def nothing_fits(decided: Plan) -> str:
+    reasons = "; ".join(r.reason for r in decided.rejected[-3:])
+    return f"nothing fits: {decided.model.name} on {decided.cluster.name}. {reasons}. {' '.join(decided.advice)}".strip()
+
+
+def disk_bytes(decided: Plan) -> int:
+    """Checkpoints kept plus the one being written (weights and two moments in fp32 of what is trained), plus the final model."""
+    chosen, config = decided.chosen, decided.config
+    assert chosen is not None
+    full = chosen.method == "full"
+    trained = decided.model.params if full else decided.model.lora_params(config.strategy.lora.r, config.strategy.lora.targets)
+    final = decided.model.params * 2 if full else trained * 4
+    return trained * 12 * (config.checkpointing.keep + 1) + final
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """Paths that exist made absolute, so that the run folder means the same from anywhere."""
+
+    def path(text: str) -> str:
+        there = Path(text).expanduser()
+        return str(there.absolute()) if there.exists() else text
+
+    def sources(items: Any) -> Any:
+        return tuple(s.model_copy(update={"path": path(s.path)}) for s in items)
+
+    data = config.data
+    changes: dict[str, Any] = {"train": sources(data.train)}
+    if not isinstance(data.eval, float):
+        changes["eval"] = sources(data.eval)
+    if data.chat_template:
+        changes["chat_template"] = path(data.chat_template)
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update=changes),
+            "model": config.model.model_copy(update={"name": path(config.model.name)}),
+            "output": str(Path(config.output).expanduser().absolute()),
+        }
+    )
+
+
+def count_examples(config: TrainConfig) -> int | None:
+    """Rows of the training files where counting is cheap (lines of local .jsonl files up to 256 MiB); else None."""
+    total = 0
+    for source in config.data.train:
+        file = Path(source.path).expanduser()
+        if file.suffix != ".jsonl" or not file.is_file() or file.stat().st_size > 2**28:
+            return None
+        with file.open("rb") as lines:
+            total += round(sum(1 for line in lines if line.strip()) * source.weight)
+    return total
+
+
+def current_state(folder: RunFolder) -> JobState:
+    """The recorded state, or FAILED when it says RUNNING and the process is gone."""
+    found = record.read(folder)
+    state = JobState(found["state"])
+    if state == JobState.RUNNING and not _alive(found["attempts"][-1]["handle"]):
+        record.end_attempt(folder, JobState.FAILED, 1, "the launcher ended without closing the record; it was killed")
+        return JobState.FAILED
+    return state
+
+
+def _alive(handle: str) -> bool:
+    """Whether a local job's process lives. A job of another machine is believed to: its record is all that is known here."""
+    import platform
+
+    host, _, pid = handle.removeprefix("local://").partition("/")
+    if not handle.startswith("local://") or host != platform.node():
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def _finish(folder: RunFolder, decided: Plan) -> JobHandle:
+    from . import local
+
+    code = local.execute(folder, decided)
+    if code != 0:
+        found = record.read(folder)
+        problem = JobFailed(found["error"] or f"stopped after step {found['step']}; go on with `trebuchet resume {folder.root}`.")
+        problem.exit_code = code
+        raise problem
+    return JobHandle(run=folder.root.name, handle=record.read(folder)["attempts"][-1]["handle"], folder=folder.root)
+
+
+def _config(config: ConfigLike, overrides: Sequence[str]) -> TrainConfig:
+    if isinstance(config, TrainConfig):
+        return build_config(config.model_dump(mode="json"), overrides) if overrides else config
+    if isinstance(config, Mapping):
+        return build_config(dict(config), overrides)
+    return load_config(os.fspath(config), overrides)

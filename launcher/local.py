@@ -1,0 +1,214 @@
+"""This machine as a scheduler: `accelerate launch` with a config file in the run folder, watched until it ends.
+
+The user can start the same by hand: `render` prints it. Ranks run in a session of their own, so Ctrl+C reaches only this process;
+it asks the ranks to stop by a file, they save at the next step boundary. A second Ctrl+C ends them at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import record
+from .errors import JobFailed, SchedulerRefused
+from .job import JobHandle, JobSpec, JobState
+from .plan import Plan
+from .run_folder import RunFolder
+
+STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
+
+
+def job_spec(plan: Plan, folder: RunFolder) -> JobSpec:
+    chosen = plan.chosen
+    assert chosen is not None
+    environment = {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_OFFLINE": "1",  # everything was fetched before the ranks start
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "true",
+    }
+    if chosen.device == "cpu":
+        environment |= cpu_environment(chosen.ranks)
+    return JobSpec(
+        name=folder.root.name,
+        run_folder=folder.root,
+        module="trebuchet.launcher.worker",
+        arguments=(str(folder.root),),
+        environment=environment,
+        nodes=1,
+        tasks_per_node=chosen.ranks,
+        gpus_per_node=chosen.gpus,
+    )
+
+
+def cpu_environment(ranks: int) -> dict[str, str]:
+    """What makes a CPU step fast and cannot be set once a process runs. glibc otherwise returns the memory of every large tensor
+    to the kernel and pays a page fault for each 4 KiB when it comes back: 2 to 4 times the time of a step (measured, 135 M
+    parameters, 2 cores)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+        "MALLOC_TOP_PAD_": str(64 * 2**20),
+        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+def accelerate_config(spec: JobSpec) -> str:
+    """The file that `accelerate launch --config_file` reads."""
+    several = spec.tasks_per_node > 1
+    values: dict[str, Any] = {
+        "compute_environment": "LOCAL_MACHINE",
+        # accelerate 1.15 starts several ranks only as MULTI_GPU; on a machine without GPUs they come up as gloo ranks on CPU.
+        "distributed_type": "MULTI_GPU" if several else "NO",
+        "use_cpu": not several and spec.gpus_per_node == 0,
+        "num_machines": 1,
+        "machine_rank": 0,
+        "num_processes": spec.tasks_per_node,
+        "mixed_precision": "no",  # the loop's own autocast
+        "num_cpu_threads_per_process": int(spec.environment.get("OMP_NUM_THREADS", "1")),
+    }
+    if several:
+        values |= {"main_process_ip": "127.0.0.1", "main_process_port": free_port(), "rdzv_backend": "static", "same_network": True}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def command(spec: JobSpec) -> list[str]:
+    config = str(RunFolder(spec.run_folder).accelerate)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
+    return [*launch, "-m", spec.module, *spec.arguments]
+
+
+def render(spec: JobSpec) -> str:
+    """A shell script that starts the same job by hand, every word quoted."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.environment.items())]
+    return "\n".join(["#!/bin/sh", *lines, "exec " + shlex.join(command(spec)), ""])
+
+
+def execute(folder: RunFolder, plan: Plan) -> int:
+    """Runs the job in the foreground; returns the exit code, with the record closed.
+
+    0 done, 1 failed, 2 bad input that only the ranks could see, 130 stopped by the user with a checkpoint saved.
+    """
+    spec = job_spec(plan, folder)
+    record.write_atomically(folder.accelerate, accelerate_config(spec))
+    folder.logs.mkdir(exist_ok=True)
+    folder.stop.unlink(missing_ok=True)
+    outcome_file = folder.logs / "outcome.json"
+    outcome_file.unlink(missing_ok=True)
+    try:
+        process = subprocess.Popen(command(spec), env={**os.environ, **spec.environment}, start_new_session=True)
+    except OSError as error:
+        raise SchedulerRefused(f"could not start the ranks: {error}") from None
+    record.begin_attempt(folder, f"local://{platform.node()}/{process.pid}", record.read(folder)["step"])
+    with _Interrupts(folder, process):
+        process.wait()
+    if outcome_file.exists():
+        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
+    else:
+        outcome = {"exit_code": 1, "error": _without_a_word(folder, process.returncode)}
+    folder.stop.unlink(missing_ok=True)
+    return _close(folder, outcome, killed=process.returncode < 0)
+
+
+def _close(folder: RunFolder, outcome: dict[str, Any], *, killed: bool) -> int:
+    code, error = outcome["exit_code"], outcome["error"]
+    if code == 0:
+        state = JobState.SUCCEEDED
+    elif code == STOPPED or (killed and error is None):
+        state, code = JobState.CANCELLED, 130
+    elif error and error.startswith("out of memory"):
+        state = JobState.OUT_OF_MEMORY
+    else:
+        state = JobState.FAILED
+    record.end_attempt(folder, state, code, error)
+    return code
+
+
+def _without_a_word(folder: RunFolder, returncode: int) -> str:
+    """The ranks ended and left no outcome: killed from outside, most often by the kernel when memory ran out."""
+    if returncode in (-9, 137, 1):
+        tail = _tail(folder.log(0))
+        return f"the ranks ended without a word (exit {returncode}); when a process is killed for memory it looks like this. {tail}"
+    return f"the ranks ended with exit code {returncode}. {_tail(folder.log(0))}"
+
+
+def _tail(log: Path, lines: int = 3) -> str:
+    if not log.exists():
+        return "They wrote no log."
+    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
+    return f"Last lines of {log}: " + " / ".join(text)
+
+
+class _Interrupts:
+    """While the ranks run: the first SIGINT or SIGTERM asks them to save and stop, the second ends them."""
+
+    def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]):
+        self.folder, self.process, self.asked = folder, process, False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self._on_signal)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if not self.asked:
+            self.asked = True
+            self.folder.stop.touch()
+            print("\nstopping after this step; a checkpoint will be saved. Ctrl+C again ends at once.", file=sys.stderr)
+            return
+        end(self.process.pid)
+
+
+def end(group: int) -> None:
+    """Ends a process group that `execute` started, at once: the ranks take SIGTERM as a wish for a checkpoint, and the user has
+    said no to that."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def submit(folder: RunFolder, plan: Plan) -> JobHandle:
+    """Starts the job in the background, watched by a process of its own, and returns at once."""
+    folder.logs.mkdir(exist_ok=True)
+    with (folder.logs / "launcher.log").open("ab") as log:
+        watcher = subprocess.Popen(
+            [sys.executable, "-m", "trebuchet.launcher.local", str(folder.root)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    return JobHandle(run=folder.root.name, handle=f"local://{platform.node()}/{watcher.pid}", folder=folder.root)
+
+
+def main(run: str) -> int:
+    """The watcher of `submit`."""
+    folder = RunFolder(Path(run))
+    try:
+        return execute(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+    except (JobFailed, SchedulerRefused) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,305 @@
+"""Which strategy: pure arithmetic from (TrainConfig, ModelSpec, Cluster) to a Plan. No torch, no file, no clock.
+
+The policy, in one place:
+
+1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one.
+2. Layout: the one that moves least: one device, then DDP (a whole copy on each GPU), FSDP2, then ZeRO-3 with the optimizer in host
+   memory, then FSDP2 with the parameters there too.
+3. Checkpointing: none, selective, full: the first that fits with a micro-batch of one row.
+4. Micro-batch: the largest power of two that fits and divides a rank's share of the global batch, up to MICRO_TOKENS.
+
+Each "no" keeps its two numbers: what was needed and what is usable. What fits is decided by `strategies/memory.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from ..strategies.memory import MemoryEstimate, estimate
+from ..strategies.memory_request import LINEARS, MemoryRequest, ModelDims
+from .advice import advice
+from .cluster import Cluster, NodeGroup
+from .errors import ClusterError
+from .model_spec import ModelSpec
+from .plan import GIB, Chosen, Memory, Plan, Rejected, Time
+from .schema import TrainConfig
+
+METHODS = ("full", "lora", "qlora")
+CHECKPOINTING = ("none", "selective", "full")
+LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+# Tokens per forward pass beyond which a step gets no faster: matrix products are large enough on a GPU; on a CPU the working set
+# outgrows the cache (4,096 was no faster than 2,048 tokens on 2 cores).
+MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
+# Python, torch and transformers resident before the first tensor (measured: 0.55 GiB with torch 2.13, CPU build).
+CPU_PROCESS_GIB = 0.6
+# Left to the operating system and the file cache when ranks run on the CPU.
+CPU_MARGIN = 0.9
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one method is spread: `replicate` copies of `shard` pieces."""
+
+    parallel: Literal["none", "ddp", "fsdp2", "zero3"]
+    offload: Literal["none", "optimizer", "params"]
+    replicate: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of rank: where it runs, how many there are, what one may use."""
+
+    device: Literal["cpu", "cuda"]
+    ranks: int
+    ranks_per_node: int
+    usable_gib: float
+    host_gib: float
+    group: NodeGroup
+
+
+def make_plan(config: TrainConfig, model: ModelSpec, cluster: Cluster, *, examples: int | None = None) -> Plan:
+    """The plan; `feasible=False` with every rejection when nothing fits. Raises ClusterError for a cluster that cannot be planned on.
+
+    `examples` (training rows, when known) serves the advice only.
+    """
+    hardware = hardware_of(config, cluster)
+    rejected: list[Rejected] = []
+    chosen: Chosen | None = None
+    reasons: list[str] = []
+    wanted = config.strategy.method
+    for method in METHODS if wanted == "auto" else (wanted,):
+        for layout in layouts(config, hardware):
+            found = fit(config, model, hardware, method, layout)
+            if isinstance(found, Rejected):
+                rejected.append(found)
+                continue
+            chosen = found
+            break
+        if chosen:
+            reasons = explain(config, hardware, chosen, rejected)
+            break
+    notes = advice(config, model, hardware.ranks, chosen, examples)
+    return Plan(
+        feasible=chosen is not None,
+        chosen=chosen,
+        rejected=tuple(rejected),
+        advice=tuple(notes),
+        reasons=tuple(reasons),
+        config=config,
+        model=model,
+        cluster=cluster,
+    )
+
+
+def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
+    if len(cluster.groups) > 1:
+        kinds = ", ".join(f"{g.nodes} x {g.gpus_per_node} {g.gpu or 'CPU'}" for g in cluster.groups)
+        raise ClusterError(f"{cluster.name} has several kinds of nodes ({kinds}); a run uses one: write a cluster file with that group.")
+    group = cluster.groups[0]
+    processes = config.cluster.processes
+    if group.gpu is None:
+        ranks = processes or 1
+        usable = group.usable_host_gib * CPU_MARGIN / ranks
+        return Hardware("cpu", ranks * group.nodes, ranks, round(usable, 2), group.usable_host_gib, group)
+    per_node = processes or group.gpus_per_node
+    if per_node > group.gpus_per_node:
+        raise ClusterError(f"cluster.processes is {processes} and {cluster.name} has {group.gpus_per_node} GPUs a node; one rank uses one GPU.")
+    return Hardware("cuda", per_node * group.nodes, per_node, round(group.usable_gpu_gib, 2), group.usable_host_gib, group)
+
+
+def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
+    """Candidates in the order of the policy, cut to what the user asked for."""
+    n = hardware.ranks
+    every = [Layout("none", "none", 1, 1)] if n == 1 else [Layout("ddp", "none", n, 1), Layout("fsdp2", "none", 1, n)]
+    if hardware.device == "cuda":
+        every += [Layout("zero3", "optimizer", 1, n), Layout("fsdp2", "params", 1, n)]
+    want = config.strategy
+    named = [x for x in every if want.parallel in ("auto", x.parallel) and want.offload in ("auto", x.offload)]
+    if not named and want.parallel != "auto":  # what the user names is tried even where the policy would not
+        shard = n if want.parallel in ("fsdp2", "zero3") else 1
+        named = [Layout(want.parallel, "none" if want.offload == "auto" else want.offload, n // shard, shard)]
+    yield from named
+
+
+def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout) -> Chosen | Rejected:
+    """The lightest checkpointing and the largest micro-batch that fit, or the numbers of the leanest try."""
+
+    def no(reason: str, memory: Memory | None = None) -> Rejected:
+        needed = memory.process_gib if memory else None
+        usable = memory.usable_gib if memory else None
+        return Rejected(method=method, parallel=layout.parallel, offload=layout.offload, needed_gib=needed, usable_gib=usable, reason=reason)
+
+    impossible = cannot(config, hardware, method, layout)
+    if impossible:
+        return no(impossible)
+    memory: Memory | None = None
+    wanted = config.strategy.checkpointing
+    for checkpointing in CHECKPOINTING if wanted == "auto" else (wanted,):
+        for micro in micro_batches(config, hardware):
+            memory = measure(config, model, hardware, method, layout, checkpointing, micro)
+            if memory.process_gib <= memory.usable_gib and memory.host_gib <= hardware.host_gib:
+                return choose(config, model, hardware, method, layout, checkpointing, micro, memory)
+    assert memory is not None
+    if memory.process_gib <= memory.usable_gib:
+        return no(f"{method}, {spell(layout)}: {memory.host_gib:.1f} GiB of host memory a node needed, {hardware.host_gib:.1f} usable", memory)
+    where = "this machine" if hardware.device == "cpu" else f"a {hardware.group.gpu}"
+    return no(f"{method}, {spell(layout)}: {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable on {where}", memory)
+
+
+def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
+    """Why a cell cannot work at all, whatever the memory; None when it can."""
+    optimizer = config.optimization.optimizer
+    if layout.parallel == "none" and hardware.ranks > 1:
+        return f"parallel none is for one rank, and there are {hardware.ranks}"
+    if layout.offload != "none" and layout.parallel == "ddp":
+        return "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
+    if layout.offload != "none" and hardware.device == "cpu":
+        return "on a CPU everything is in host memory already"
+    if layout.offload != "none" and optimizer == "paged-adamw-8bit":
+        return "a paged optimizer lives in GPU memory and pages out by itself; it does not work on offloaded states"
+    if optimizer != "auto" and optimizer != "adamw" and hardware.device == "cpu":
+        return f"{optimizer} is a CUDA optimizer of bitsandbytes; on a CPU use adamw"
+    if layout.offload == "optimizer" and method != "full":
+        return "adapters' optimizer states are small; there is nothing to gain from moving them to the host"
+    return None
+
+
+def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
+    """Candidates, largest first: the user's number, or powers of two that divide a rank's rows."""
+    wanted = config.optimization.micro_batch
+    if isinstance(wanted, int):
+        return [wanted]
+    rows = max(1, config.optimization.global_batch_size // hardware.ranks)
+    most = max(1, MICRO_TOKENS[hardware.device] // config.data.max_length)
+    return [m for m in (2**i for i in range(10, -1, -1)) if m <= most and rows % m == 0]
+
+
+def measure(
+    config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout, checkpointing: str, micro: int
+) -> Memory:
+    accumulation = accumulate(config, hardware, micro)
+    found: MemoryEstimate = estimate(
+        MemoryRequest(
+            model=dims(model),
+            method=method,
+            double_quant=config.strategy.quant.double if method == "qlora" else None,
+            lora_r=None if method == "full" else config.strategy.lora.r,
+            lora_targets=None if method == "full" else targets(config),
+            lora_dropout=config.strategy.lora.dropout,
+            precision=precision(config, hardware),
+            optimizer=optimizer(config),
+            parallel=layout.parallel,
+            gpus=hardware.ranks,
+            dp_replicate=layout.replicate if layout.parallel != "ddp" else 1,
+            gpus_per_node=hardware.ranks_per_node,
+            offload=layout.offload,
+            seq_len=config.data.max_length,
+            micro_batch=micro,
+            packed=config.data.packing,
+            checkpointing=checkpointing,
+            attention={"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}[attention(config)],
+            kernels="none" if config.strategy.kernels == "off" else "trebuchet",
+            grad_accum=accumulation,
+        )
+    )
+    peak, process = found.peak_allocated_bytes / GIB, found.process_bytes / GIB
+    if hardware.device == "cpu":  # no CUDA context, no caching allocator: tensors and the interpreter
+        process = peak + CPU_PROCESS_GIB
+    components = {name: round(value / GIB, 3) for name, value in found.components.items()}
+    host = found.host_bytes / GIB if hardware.device == "cuda" else process * hardware.ranks_per_node
+    return Memory(
+        peak_allocated_gib=round(peak, 3),
+        process_gib=round(process, 3),
+        usable_gib=hardware.usable_gib,
+        host_gib=round(host, 3),
+        components=components,
+    )
+
+
+def choose(
+    config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout, checkpointing: str, micro: int, memory: Memory
+) -> Chosen:
+    rate = config.optimization.learning_rate
+    values = {
+        "method": method,
+        "parallel": layout.parallel,
+        "dp_replicate": layout.replicate,
+        "dp_shard": layout.shard,
+        "offload": layout.offload,
+        "checkpointing": checkpointing,
+        "optimizer": optimizer(config),
+        "precision": precision(config, hardware),
+        "attention": attention(config),
+        "learning_rate": LEARNING_RATE[method] if rate == "auto" else rate,
+        "micro_batch": micro,
+        "accumulation": accumulate(config, hardware, micro),
+        "device": hardware.device,
+        "gpus": hardware.ranks if hardware.device == "cuda" else 0,
+        "memory": memory,
+        "time": Time(tokens_per_s=None, hours=None),
+        "cost": None,
+    }
+    return Chosen.model_validate(values)
+
+
+def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, rejected: list[Rejected]) -> list[str]:
+    """Why this one, in sentences with the numbers that decided."""
+    named = config.strategy.method != "auto"
+    method = f"{chosen.method}: you asked for it" if named else f"{chosen.method}: the first that fits in the order full, lora, qlora"
+    memory = chosen.memory
+    out = [f"{method}; {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable"]
+    if chosen.parallel != "none":
+        out.append(f"{chosen.parallel}: the layout that moves least of those that fit on {hardware.ranks} ranks")
+    rows = config.optimization.global_batch_size
+    out.append(
+        f"global batch {rows} rows = micro-batch {chosen.micro_batch} x accumulation {chosen.accumulation} x {chosen.ranks} "
+        f"rank{'s' if chosen.ranks > 1 else ''}; activation checkpointing {chosen.checkpointing}"
+    )
+    if config.optimization.learning_rate == "auto":
+        out.append(f"learning rate {chosen.learning_rate:g}: the usual one for {chosen.method}")
+    return out
+
+
+def accumulate(config: TrainConfig, hardware: Hardware, micro: int) -> int:
+    return -(-config.optimization.global_batch_size // (micro * hardware.ranks))
+
+
+def precision(config: TrainConfig, hardware: Hardware) -> Literal["bf16-mixed", "fp16-mixed", "fp32"]:
+    wanted = config.model.dtype
+    if wanted == "auto":
+        wanted = "bf16" if hardware.group.supports("bf16") else "fp16" if hardware.group.supports("fp16") else "fp32"
+    return cast(Literal["bf16-mixed", "fp16-mixed", "fp32"], "fp32" if wanted == "fp32" else f"{wanted}-mixed")
+
+
+def attention(config: TrainConfig) -> Literal["sdpa", "eager", "flash_attention_2"]:
+    return "sdpa" if config.model.attention == "auto" else config.model.attention
+
+
+def optimizer(config: TrainConfig) -> Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]:
+    return "adamw" if config.optimization.optimizer == "auto" else config.optimization.optimizer
+
+
+def targets(config: TrainConfig) -> tuple[str, ...]:
+    """Names of projections for the memory formula; names it does not know are counted as all of them."""
+    wanted = config.strategy.lora.targets
+    names = LINEARS if isinstance(wanted, str) else tuple(t.removesuffix("_proj") for t in wanted)
+    return names if set(names) <= {*LINEARS, "lm_head"} else LINEARS
+
+
+def dims(model: ModelSpec) -> ModelDims:
+    names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    return ModelDims(
+        **{name: getattr(model, name) for name in names},
+        tie_word_embeddings=model.tie_word_embeddings,
+        num_experts=model.num_experts,
+        experts_per_token=model.experts_per_token,
+        params=model.params,
+    )
+
+
+def spell(layout: Layout) -> str:
+    where = {"none": "one device", "ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[layout.parallel]
+    return where if layout.offload == "none" else f"{where} with {layout.offload} in host memory"

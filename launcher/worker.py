@@ -1,0 +1,144 @@
+"""What runs on every rank: reads plan.json, never plans again, prepares the model, trains, evaluates, exports.
+
+    python -m trebuchet.launcher.worker RUN
+
+Started by accelerate, Slurm or Ray alike; it learns its rank from the environment. Everything a user should hear ends up in
+run.json and in one paragraph on rank 0; a traceback goes to the rank's log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .errors import JobFailed, TrebuchetError, UserError
+from .plan import Chosen, Plan
+from .run_folder import RunFolder
+
+STOPPED = 75  # EX_TEMPFAIL: stopped at a step boundary with a checkpoint; `resume` goes on
+
+
+def main(run: str) -> int:
+    folder = RunFolder(Path(run))
+    rank = int(os.environ.get("RANK", "0"))
+    folder.logs.mkdir(exist_ok=True)
+    sys.stderr = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
+    try:
+        plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+        finished = train(folder, plan)
+        code, error = (0, None) if finished else (STOPPED, None)
+    except TrebuchetError as problem:
+        code, error = problem.exit_code, str(problem)
+    except Exception as problem:  # the last line of defence: every failure must reach the record
+        traceback.print_exc()
+        code, error = 1, describe(problem)
+    if error is not None and rank == 0:
+        print(error, file=sys.stderr)
+    if error is not None or rank == 0:
+        # The first rank to fail writes; the others fail because it did.
+        outcome = {"exit_code": code, "error": error, "rank": rank}
+        write_outcome(folder, outcome)
+    return 0 if code == STOPPED else code  # to whoever started the ranks, a stop that was asked for is no failure
+
+
+def train(folder: RunFolder, plan: Plan) -> bool:
+    """True when the run reached its end; False when it stopped early with a checkpoint."""
+    from accelerate import Accelerator
+
+    from ..training import runtime as rt
+
+    chosen = plan.chosen
+    assert chosen is not None
+    rt.tune_cpu()
+    accelerator = Accelerator(
+        cpu=chosen.device == "cpu", log_with=list(plan.config.tracking) or None, project_dir=str(folder.trackers)
+    )
+    runtime = rt.Runtime(plan, folder, accelerator)
+    check_hardware(runtime.world, runtime.device.type, chosen)
+    runtime.listen()
+    accelerator.init_trackers("trebuchet", config=flat(plan.config.model_dump(mode="json")))
+    try:
+        from ..training.session import Session
+
+        return Session(runtime).run()
+    finally:
+        accelerator.end_training()
+
+
+def check_hardware(world: int, device: str, chosen: Chosen) -> None:
+    """The plan was made for certain hardware; on other hardware its numbers are wrong, so stop and say so."""
+    if world != chosen.ranks:
+        raise JobFailed(f"the plan is for {chosen.ranks} ranks and {world} were started; plan again for this hardware.")
+    if device != chosen.device:
+        raise JobFailed(f"the plan is for {chosen.device} and this rank runs on {device}; plan again for this hardware.")
+    if device == "cuda":
+        import torch
+
+        has_gib = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
+        if has_gib < chosen.memory.usable_gib * 0.98:
+            raise JobFailed(
+                f"the plan counts on {chosen.memory.usable_gib:.1f} GiB of GPU memory and this GPU has {has_gib:.1f}; "
+                "plan again for this hardware."
+            )
+
+
+def describe(problem: BaseException) -> str:
+    """One paragraph for failures that have a known way out, else the exception in a line."""
+    text = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
+    if "out of memory" in text.lower() or isinstance(problem, MemoryError):
+        return f"out of memory: {text}. Lower optimization.micro_batch or data.max_length, or choose lora or qlora."
+    if isinstance(problem, OSError) and problem.errno == 28:
+        return f"no space left on the device that holds {problem.filename or 'the run folder'}; free some and `trebuchet resume`."
+    return f"{type(problem).__name__}: {text}"
+
+
+def write_outcome(folder: RunFolder, outcome: dict[str, Any]) -> None:
+    """Once: the first to come wins, so that the cause is kept and not its echo on other ranks."""
+    path = folder.logs / "outcome.json"
+    if outcome["exit_code"] in (0, STOPPED) or not path.exists():
+        record.write_atomically(path, json.dumps(outcome))
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested configuration as `a.b.c: value`, which every tracker takes."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            out |= flat(value, name + ".")
+        else:
+            out[name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return out
+
+
+class _Tee:
+    """stderr of one rank: into its log file, and on rank 0 to the screen as well."""
+
+    def __init__(self, stream: Any, path: Path, *, silent: bool):
+        self.stream, self.silent = stream, silent
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, text: str) -> int:
+        self.file.write(text.replace("\r", "\n"))
+        if not self.silent:
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.file.flush()
+        if not self.silent:
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise UserError("usage: python -m trebuchet.launcher.worker RUN")
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,70 @@
+"""Model folder and tokenizer, found before anything is started, so that what is missing is said in a sentence.
+
+Left out: the weights, which `strategies/prepare.py` loads.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..launcher.errors import ModelError
+from ..launcher.model_spec import ModelSpec
+from ..launcher.schema import Model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"]  # no pickles
+
+
+def model_folder(model: Model, spec: ModelSpec) -> Path:
+    """A local folder with the weights: the user's, the one in the Hugging Face cache, or downloaded now.
+
+    Raises ModelError when there are no safetensors, or no network to get them by.
+    """
+    folder = Path(spec.path) if spec.path and spec.source == "folder" else _from_hub(model)
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no .safetensors file. Weights in pickles (.bin, .pt) are not opened; convert them once with "
+            "`model.save_pretrained(FOLDER)` in a place where you trust them."
+        )
+    return folder
+
+
+def _from_hub(model: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        found = snapshot_download(model.name, revision=model.revision, allow_patterns=WANTED, local_files_only=True)
+        if any(Path(found).glob("*.safetensors")):
+            return Path(found)
+    except (LocalEntryNotFoundError, ValueError):
+        pass
+    try:
+        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=WANTED, etag_timeout=10))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"the weights of {model.name} are not on this machine and could not be downloaded ({reason}). Fetch them where "
+            f"there is a network with `hf download {model.name}`, or set `model:` to a local folder in Hugging Face layout."
+        ) from None
+
+
+def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
+    """The folder's own tokenizer. Raises ModelError when it has none that opens."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the tokenizer in {folder} does not open: {str(error).splitlines()[0]}") from None
+
+
+def cache_folder() -> Path:
+    """Where tokenized data is kept: TREBUCHET_CACHE, else the user's cache folder."""
+    root = os.environ.get("TREBUCHET_CACHE") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/trebuchet"
+    return Path(root).expanduser()

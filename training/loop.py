@@ -1,0 +1,109 @@
+"""The one loop that every strategy runs: steps, evaluations, checkpoints, a stop that loses nothing.
+
+What a step computes is in step.py, what it reads in data/, what is saved in checkpoint.py. Left out: how the model was prepared.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..launcher import record
+from ..launcher.schema import Checkpointing, Evaluation
+from . import checkpoint
+from .data import Order, TokenSet, collate, share
+from .evaluate import HeldOut, held_out_loss
+from .progress import Progress
+from .runtime import Runtime
+from .step import Stepper
+
+
+@dataclass
+class Loop:
+    runtime: Runtime
+    stepper: Stepper
+    samples: TokenSet
+    rows: Sequence[Sequence[int]]  # sample indices of each packed row
+    order: Order
+    held_out: HeldOut | None
+    micro_batch: int
+    pad_id: int
+    evaluation: Evaluation
+    checkpointing: Checkpointing
+    identity: dict[str, Any]  # what a checkpoint must match to be resumed from: data fingerprint, batch, seed
+
+    def resume(self) -> int:
+        """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
+        self.runtime.barrier()
+        path = checkpoint.latest(self.runtime.folder, say=print if self.runtime.main else lambda text: None)
+        if path is None:
+            return 0
+        state = checkpoint.load(path, self.stepper.model_inside(), self.stepper.optimizer, rank=self.runtime.rank)
+        if state["identity"] != self.identity:
+            changed = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
+            raise ValueError(f"{path} was made with another {', '.join(changed)}; the run cannot go on from it exactly")
+        self.stepper.schedule.load_state_dict(state["schedule"])
+        # The scheduler's state holds no rates; the optimizer's groups do.
+        for group, rate in zip(self.stepper.optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
+            group["lr"] = rate
+        return int(state["step"])
+
+    def run(self, first: int) -> bool:
+        """Steps `first` to the end. True when the end was reached, False when a stop was asked for and a checkpoint saved."""
+        steps = self.order.steps
+        evaluate_at, save_at = due(self.evaluation.every, steps), due(self.checkpointing.every, steps)
+        progress = Progress(self.runtime, steps, first)
+        saved = first
+        try:
+            for step in range(first, steps):
+                self.train_step(step, progress)
+                done = step + 1
+                if self.runtime.main:
+                    record.update(self.runtime.folder, step=done, steps=steps)
+                if done in evaluate_at and self.held_out is not None:
+                    self.evaluate(done, progress)
+                stopping = self.runtime.stopping()
+                if done in save_at or stopping or done == steps:
+                    self.save(done)
+                    saved = done
+                if stopping and done < steps:
+                    progress.say(f"stopped after step {saved}/{steps}; the checkpoint is saved")
+                    return False
+            return True
+        finally:
+            progress.close()
+
+    def train_step(self, step: int, progress: Progress) -> None:
+        began = time.perf_counter()
+        micro = share(self.order.batch(step), self.runtime.rank, self.runtime.world, self.micro_batch)
+        result = self.stepper.step([self.batch(rows) for rows in micro])
+        seconds = time.perf_counter() - began
+        values = {**asdict(result), "epoch": round(self.order.epoch(step + 1), 4)}
+        values["lr"] = values.pop("learning_rate")
+        progress.step(step + 1, values, seconds)
+
+    def batch(self, rows: Sequence[int]) -> dict[str, Any]:
+        return collate([[self.samples.sample(i) for i in self.rows[row]] for row in rows], pad_id=self.pad_id)
+
+    def evaluate(self, done: int, progress: Progress) -> None:
+        assert self.held_out is not None
+        found = held_out_loss(self.stepper, self.held_out, self.pad_id)
+        progress.write({"step": done, "eval_loss": found["loss"], "eval_perplexity": found["perplexity"]})
+        progress.say(f"step {done}/{self.order.steps}  held-out loss {found['loss']:.3f}  perplexity {found['perplexity']:.2f}")
+
+    def save(self, done: int) -> None:
+        state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}
+        parts = {"model": self.stepper.model_inside(), "optimizer": self.stepper.optimizer, "state": state}
+        checkpoint.save(self.runtime.folder, done, parts, rank=self.runtime.rank, barrier=self.runtime.barrier)
+        if self.runtime.main:
+            checkpoint.prune(self.runtime.folder, self.checkpointing.keep)
+
+
+def due(every: float, steps: int) -> set[int]:
+    """The steps after which something is due: each `every` steps, or each share `every` of the run when below 1."""
+    if every >= 1:
+        return set(range(int(every), steps + 1, int(every)))
+    return {math.ceil(steps * every * i) for i in range(1, math.floor(1 / every) + 1)}

@@ -1,0 +1,194 @@
+"""One attempt of one run, in order: tokenizer, data, model, evaluation, loop, evaluation, export.
+
+This is the only place that knows the order. Each part is a function of another file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..launcher import record
+from ..launcher.errors import JobFailed
+from ..strategies.prepare import Prepared, compute_dtype, prepare
+from . import evaluate, load
+from .data import Order, pack
+from .data import prepare as prepare_data
+from .export import export
+from .loop import Loop
+from .optim import make_optimizer, make_schedule
+from .runtime import Runtime
+from .step import Stepper
+
+
+class Session:
+    def __init__(self, runtime: Runtime):
+        assert runtime.plan.chosen is not None
+        self.runtime, self.plan, self.config, self.chosen = runtime, runtime.plan, runtime.plan.config, runtime.plan.chosen
+        self.base: Path = load.model_folder(self.config.model, self.plan.model)
+        self.tokenizer = load.load_tokenizer(self.base, self.config.model)
+        self.data = prepare_data(
+            self.config.data,
+            self.config.objective,
+            tokenizer=self.tokenizer,
+            tokenizer_id=self.config.model.name,
+            model_max_length=self.plan.model.max_position_embeddings,
+            cache_dir=load.cache_folder() / "data",
+            seed=self.config.optimization.seed,
+        )
+
+    def run(self) -> bool:
+        prepared = prepare(
+            self.base, self.config.model, self.config.strategy, self.chosen, self.runtime.device, self.config.optimization.seed
+        )
+        self.report(prepared)
+        loop = self.loop(prepared)
+        done = loop.resume()
+        before = self.before(loop, done)
+        if not loop.run(done):
+            return False
+        after = self.measure(loop)
+        if self.runtime.main:
+            self.finish(loop, before, after)
+        self.runtime.barrier()
+        return True
+
+    def loop(self, prepared: Prepared) -> Loop:
+        config, chosen, optimization = self.config, self.chosen, self.config.optimization
+        lengths = self.data.train.lengths
+        rows = pack(lengths, config.data.max_length, optimization.seed) if config.data.packing else [(i,) for i in range(len(lengths))]
+        order = Order(
+            n_rows=len(rows),
+            global_batch=optimization.global_batch_size,
+            seed=optimization.seed,
+            epochs=optimization.epochs,
+            max_steps=optimization.max_steps,
+        )
+        model = prepared.model.train()
+        optimizer = make_optimizer(model.named_parameters(), chosen.optimizer, chosen.learning_rate, optimization.weight_decay)
+        dtype = compute_dtype(chosen.precision)
+        stepper = Stepper(
+            runtime=self.runtime,
+            model=self.wrap(model),
+            optimizer=optimizer,
+            schedule=make_schedule(optimizer, optimization, order.steps),
+            objective=config.objective.name,
+            kernels=prepared.kernels is not None,
+            autocast=None if dtype == torch.float32 else dtype,
+            max_grad_norm=optimization.max_grad_norm,
+            scaler=torch.amp.GradScaler(self.runtime.device.type) if dtype == torch.float16 else None,
+        )
+        return Loop(
+            runtime=self.runtime,
+            stepper=stepper,
+            samples=self.data.train,
+            rows=rows,
+            order=order,
+            held_out=self.held_out(),
+            micro_batch=chosen.micro_batch,
+            pad_id=self.pad_id,
+            evaluation=config.evaluation,
+            checkpointing=config.checkpointing,
+            identity={
+                "data": self.data.fingerprint,
+                "rows": len(rows),
+                "global_batch_size": optimization.global_batch_size,
+                "seed": optimization.seed,
+                "steps": order.steps,
+            },
+        )
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        if self.chosen.parallel == "none":
+            return model
+        if self.chosen.parallel == "ddp":
+            ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
+            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        raise JobFailed(f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp.")
+
+    def held_out(self) -> evaluate.HeldOut | None:
+        if self.data.eval is None or len(self.data.eval) == 0:
+            return None
+        data = self.config.data
+        return evaluate.HeldOut(
+            self.data.eval,
+            max_length=data.max_length,
+            packing=data.packing,
+            micro_batch=self.chosen.micro_batch,
+            max_rows=self.config.evaluation.max_rows,
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """Padding carries no loss and no attention reaches it, so which id it is does not matter; it must exist."""
+        return int(self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0)
+
+    def report(self, prepared: Prepared) -> None:
+        """Which modules run on which kernels, into the record and onto the screen; on a GPU none is a failure."""
+        found = prepared.kernels
+        applied = found is not None and found.applied
+        if self.runtime.device.type == "cuda" and not applied and self.config.strategy.kernels != "off":
+            raise JobFailed(
+                "the kernel layer was not applied to this model: " + (found.text() if found else "it is off")
+                + " Train without it by --set strategy.kernels=off."
+            )
+        if not self.runtime.main:
+            return
+        record.update(
+            self.runtime.folder,
+            kernels=found.to_json() if found else {"applied": False, "reason": "strategy.kernels is off"},
+            data=self.data.report.to_json(),
+            parameters={"trainable": prepared.trainable, "total": prepared.total},
+        )
+        self.say(found.text() if found else "kernels: off")
+        share = prepared.trainable / prepared.total
+        self.say(f"training {prepared.trainable / 1e6:,.1f} M of {prepared.total / 1e6:,.1f} M parameters ({share:.1%})")
+
+    def before(self, loop: Loop, done: int) -> dict[str, Any] | None:
+        """The base model's figures: measured once, at step 0, and read back by a resumed attempt."""
+        path = self.runtime.folder.evaluation
+        if path.exists():
+            return json.loads(path.read_text(encoding="utf-8"))["before"]
+        if loop.held_out is None or done > 0:
+            return None
+        found = self.measure(loop)
+        if self.runtime.main and found:
+            record.write_atomically(path, json.dumps({"before": found}, ensure_ascii=False, indent=1))
+            self.say(f"before training: held-out loss {found['loss']:.3f}, perplexity {found['perplexity']:.2f}")
+        self.runtime.barrier()
+        return found
+
+    def measure(self, loop: Loop) -> dict[str, Any] | None:
+        """Held-out loss on all ranks, answers on rank 0."""
+        if loop.held_out is None:
+            return None
+        found: dict[str, Any] = evaluate.held_out_loss(loop.stepper, loop.held_out, self.pad_id)
+        if self.runtime.main:
+            prompts = loop.held_out.prompts(self.config.evaluation.generations)
+            found["answers"] = evaluate.answers(loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens)
+        self.runtime.barrier()
+        return found
+
+    def finish(self, loop: Loop, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
+        """Evaluation into the record and onto the screen, then the folder that users load."""
+        if after is not None and loop.held_out is not None:
+            prompts = loop.held_out.prompts(self.config.evaluation.generations)
+            decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
+            samples = [{"prompt": decode(p), "reference": decode(r)} for p, r in prompts]
+            for i, sample in enumerate(samples):
+                sample["base"] = before["answers"][i] if before else ""
+                sample["tuned"] = after["answers"][i]
+            figures = {"before": before, "after": after, "samples": samples}
+            record.write_atomically(self.runtime.folder.evaluation, json.dumps(figures, ensure_ascii=False, indent=1))
+            brief = {when: {k: v for k, v in found.items() if k != "answers"} for when, found in (("before", before), ("after", after)) if found}
+            record.update(self.runtime.folder, evaluation=brief)
+        path = export(self.runtime.folder, self.plan, self.base, loop.stepper.model_inside(), self.tokenizer)
+        self.say(f"the model is in {path}")
+
+    def say(self, text: str) -> None:
+        if self.runtime.main:
+            print(text, file=sys.stderr, flush=True)
