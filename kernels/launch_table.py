@@ -16,17 +16,17 @@ ROW_WARPS = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 32768: 32}
 TABLE: dict[str, dict[str, int]] = {
     # Rows narrower than 512 are taken several per program: a tile of this many elements.
     "rms_norm_forward": {"tile": 2048},
-    # The backward pass loops over rows; `programs` bounds the partial sums of dw (two per SM of a 132-SM chip).
-    "rms_norm_backward": {"tile": 2048, "programs": 264},
+    # The backward pass loops over rows; `programs_dw` bounds the partial sums of dw (two per SM of a 132-SM chip).
+    "rms_norm_backward": {"tile": 2048, "programs": 1056, "programs_dw": 264},
     "layer_norm_forward": {"tile": 2048},
-    "layer_norm_backward": {"tile": 2048, "programs": 264},
-    "rope": {"tile": 2048},
+    "layer_norm_backward": {"tile": 2048, "programs": 1056, "programs_dw": 264},
+    "rope": {"elements_per_warp": 1024},
     "glu_forward": {"block": 1024, "warps": 4},
     "glu_backward": {"block": 1024, "warps": 4},
     "loss_stats": {"block": 4096, "warps": 8},
     "loss_gradient": {"block": 4096, "warps": 8},
     "nf4_dequantize": {"block": 2048, "warps": 4},
-    "adamw8bit": {"warps": 2},
+    "adamw8bit": {"rows": 4, "warps": 4},
     # Tokens whose logits are alive at once. W is read twice per chunk: the products hide that from the chip's FLOP/byte
     # ridge on (T4 203, A100 153, H100 295 for 16 bits), twice that and more when dW accumulates too. A CPU is past its
     # ridge at 512.

@@ -1,0 +1,95 @@
+"""Triton kernels of the gated activations (mathematics and bytes: `glu`).
+
+Flat blocks over the elements, so that no lane is wasted at widths that are not powers of two; rows of e and g may lie
+apart (halves of a packed gate_up product). tanh is 2 sigma(2u) - 1: libdevice's does not exist in the interpreter,
+and the difference is below 1e-7.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch_table import TABLE
+from .launch import as_rows, start
+
+
+@triton.jit
+def _activate(e, ACT: tl.constexpr):
+    """act(e) and act'(e)."""
+    if ACT == "silu":
+        sigma = tl.sigmoid(e)
+        return e * sigma, sigma * (1.0 + e * (1.0 - sigma))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(e * 0.7071067811865476))
+        return e * cdf, cdf + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+    else:
+        u = 0.7978845608028654 * e * (1.0 + 0.044715 * e * e)
+        half = tl.sigmoid(2.0 * u)  # (1 + tanh u) / 2
+        slope = 0.7978845608028654 * (1.0 + 0.134145 * e * e)
+        return e * half, half + 2.0 * e * half * (1.0 - half) * slope
+
+
+@triton.jit
+def _forward(e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g, ACT: tl.constexpr, BLOCK: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + row * stride_g + col, mask=mask, other=0.0).to(tl.float32)
+    act, _ = _activate(e, ACT)
+    tl.store(h_ptr + row * width + col, (act * g).to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward(
+    dh_ptr, e_ptr, g_ptr, de_ptr, dg_ptr, h_ptr, width, blocks, stride_dh, stride_e, stride_g,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, WANT_H: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    row = program // blocks
+    col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    mask = col < width
+    dh = tl.load(dh_ptr + row * stride_dh + col, mask=mask, other=0.0).to(tl.float32)
+    e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(g_ptr + row * stride_g + col, mask=mask, other=0.0).to(tl.float32)
+    act, slope = _activate(e, ACT)
+    out = row * width + col
+    tl.store(de_ptr + out, (dh * g * slope).to(de_ptr.dtype.element_ty), mask=mask)
+    tl.store(dg_ptr + out, (dh * act).to(dg_ptr.dtype.element_ty), mask=mask)
+    if WANT_H:
+        tl.store(h_ptr + out, (act * g).to(h_ptr.dtype.element_ty), mask=mask)
+
+
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """All as [rows, width]; as one long row each when all are contiguous."""
+    if all(t.is_contiguous() for t in tensors):
+        return [t.view(1, -1) for t in tensors]
+    return [as_rows(t) for t in tensors]
+
+
+def forward(e: Tensor, g: Tensor, activation: str) -> Tensor:
+    """h, contiguous, in the dtype of e."""
+    h = e.new_empty(e.shape)
+    e2d, g2d = _rows(e, g)
+    settings = TABLE["glu_forward"]
+    blocks = triton.cdiv(e2d.shape[1], settings["block"])
+    start(
+        _forward, blocks * len(e2d), e2d, g2d, h, e2d.shape[1], blocks, e2d.stride(0), g2d.stride(0),
+        ACT=activation, BLOCK=settings["block"], warps=settings["warps"],
+    )  # fmt: skip
+    return h
+
+
+def backward(dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """de, dg and h (empty unless wanted), contiguous."""
+    de, dg, h = e.new_empty(e.shape), e.new_empty(e.shape), e.new_empty(e.shape if want_h else 0)
+    dh2d, e2d, g2d = _rows(dh, e, g)
+    settings = TABLE["glu_backward"]
+    blocks = triton.cdiv(e2d.shape[1], settings["block"])
+    start(
+        _backward, blocks * len(e2d), dh2d, e2d, g2d, de, dg, h, e2d.shape[1], blocks,
+        dh2d.stride(0), e2d.stride(0), g2d.stride(0),
+        ACT=activation, BLOCK=settings["block"], WANT_H=want_h, warps=settings["warps"],
+    )  # fmt: skip
+    return de, dg, h

@@ -1,0 +1,68 @@
+"""How every kernel of this folder is started: device guard, empty grids, 2-D row views, and recording for tests.
+
+Launch settings come from `launch_table`; nothing is tuned at run time. Leaves out the kernels.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..launch_table import ROW_WARPS
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded start of a kernel: what the JIT would be given."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect launches instead of running them: what ahead-of-time compilation starts from. Outputs stay unwritten."""
+    global _recorded
+    previous, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = previous
+
+
+def start(kernel: Any, programs: int, *args: Any, warps: int, **options: Any) -> None:
+    """Run `kernel` on a grid of `programs` (one axis, so no 65,535 limit) on the device of its first tensor."""
+    options["num_warps"] = warps
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, (programs,), args, options))
+    elif programs > 0:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(programs,)](*args, **options)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x as [rows, H] with unit stride inside a row: a view where the strides allow it, else a copy."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def row_block(width: int, tile: int) -> tuple[int, int, int]:
+    """(columns of a block, rows of a block, warps): narrow rows share a block of `tile` elements."""
+    block = max(triton.next_power_of_2(width), 16)
+    rows = max(1, tile // block)
+    return block, rows, warps_for(block * rows)
+
+
+def warps_for(elements: int) -> int:
+    """Warps for a block of that many elements, from the table."""
+    return next((warps for limit, warps in ROW_WARPS.items() if elements <= limit), 32)

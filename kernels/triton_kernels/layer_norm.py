@@ -1,0 +1,128 @@
+"""Triton kernels of LayerNorm (mathematics and bytes: `norms`). The same two shapes as `rms_norm`, with the mean
+removed."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch_table import TABLE
+from .launch import as_rows, row_block, start
+from .rms_norm import split_rows
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [rows, H]
+    w_ptr,  # [H]
+    b_ptr,  # [H]
+    y_ptr,  # [rows, H] contiguous
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    rows,
+    stride_x,
+    eps,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (col < H)
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.sum(x, axis=1)[:, None] / H
+    # Masked lanes must not add mean^2 to the variance.
+    centred = x - mean if H == BLOCK else tl.where(col < H, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / H + eps)[:, None]
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    b = tl.load(b_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * H + col, (centred * rstd * w + b).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def _backward(
+    dy_ptr,  # [rows, H]
+    x_ptr,  # [rows, H]
+    w_ptr,  # [H]
+    mean_ptr,  # [rows] fp32
+    rstd_ptr,  # [rows] fp32
+    dx_ptr,  # [rows, H] contiguous
+    dw_ptr,  # [2, programs, H] fp32: partial dw, then partial db; written only if DW
+    rows,
+    rows_per_program,  # a multiple of ROWS
+    stride_dy,
+    stride_x,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    DW: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    col = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    if DW:
+        dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for i in range(0, rows_per_program, ROWS):
+        row = first + i + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (col < H)
+        dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        xhat = (x - mean) * rstd
+        g = dy * w
+        # Where a lane is masked, dy and so g are 0: xhat there reaches neither sum.
+        mean_g = tl.sum(g, axis=1)[:, None] / H
+        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / H
+        dx = rstd * (g - mean_g - xhat * mean_gx)
+        tl.store(dx_ptr + row * H + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if DW:
+            dw += dy * xhat
+            db += dy
+    if DW:
+        programs = tl.num_programs(0)
+        if ROWS == 1:
+            tl.store(dw_ptr + program * H + col, dw, mask=col < H)
+            tl.store(dw_ptr + (programs + program) * H + col, db, mask=col < H)
+        else:
+            out = tl.arange(0, BLOCK)
+            tl.store(dw_ptr + program * H + out, tl.sum(dw, axis=0), mask=out < H)
+            tl.store(dw_ptr + (programs + program) * H + out, tl.sum(db, axis=0), mask=out < H)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., H] in the dtype of x, and mean and rstd [rows]."""
+    rows2d, width = as_rows(x), x.shape[-1]
+    y = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(len(rows2d), dtype=torch.float32) for _ in range(2))
+    block, rows, warps = row_block(width, TABLE["layer_norm_forward"]["tile"])
+    start(
+        _forward, triton.cdiv(len(rows2d), rows), rows2d, weight.contiguous(), bias.contiguous(), y, mean, rstd,
+        len(rows2d), rows2d.stride(0), eps, H=width, BLOCK=block, ROWS=rows, warps=warps,
+    )  # fmt: skip
+    return y, mean, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, want_dw: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in the dtype of x; dw and db in the dtype of weight (empty unless wanted)."""
+    dy2d, x2d, width = as_rows(dy), as_rows(x), x.shape[-1]
+    table = TABLE["layer_norm_backward"]
+    block, rows, warps = row_block(width, table["tile"])
+    share, programs = split_rows(len(x2d), rows, table["programs_dw" if want_dw else "programs"])
+    dx = x.new_empty(x.shape)
+    partial = x.new_empty((2, programs, width) if want_dw else (0,), dtype=torch.float32)
+    start(
+        _backward, programs, dy2d, x2d, weight.contiguous(), mean, rstd, dx, partial, len(x2d), share,
+        dy2d.stride(0), x2d.stride(0), H=width, BLOCK=block, ROWS=rows, DW=want_dw,
+        warps=min(32, 2 * warps) if want_dw else warps,
+    )  # fmt: skip
+    if not want_dw:
+        return dx, weight.new_empty(0), weight.new_empty(0)
+    dw, db = partial.sum(1).to(weight.dtype).unbind()
+    return dx, dw.clone(), db.clone()

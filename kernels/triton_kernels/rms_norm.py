@@ -1,0 +1,151 @@
+"""Triton kernels of RMSNorm and of RMSNorm with the residual add (mathematics and bytes: `norms`).
+
+Forward: one block of registers holds a row (or several narrow rows). Backward: each program walks over its share of
+the rows with the weight, and with dw if wanted, in registers, so the weight is read once per program and not once per
+row; the partial dw of all programs are summed by torch in a fixed order. All arithmetic is fp32; casts happen at load
+and store.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch_table import TABLE
+from .launch import as_rows, row_block, start
+
+
+@triton.jit
+def _forward(
+    x_ptr,  # [rows, H]
+    r_ptr,  # [rows, H], read only if ADD
+    w_ptr,  # [H]
+    y_ptr,  # [rows, H] contiguous
+    s_ptr,  # [rows, H] contiguous, written only if ADD
+    rstd_ptr,  # [rows] fp32
+    rows,
+    stride_x,
+    stride_r,
+    eps,
+    offset,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+    LLAMA: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (col < H)
+    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        r = tl.load(r_ptr + row * stride_r + col, mask=mask, other=0.0).to(tl.float32)
+        s = (x + r).to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + row * H + col, s, mask=mask)
+        x = s.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)[:, None]
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    xhat = x * rstd
+    if LLAMA:
+        xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + row * H + col, (xhat * w).to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def _backward(
+    dy_ptr,  # [rows, H]
+    x_ptr,  # [rows, H]: x, or x + residual
+    w_ptr,  # [H]
+    rstd_ptr,  # [rows] fp32
+    ds_ptr,  # [rows, H], read only if ADD
+    dx_ptr,  # [rows, H] contiguous
+    dw_ptr,  # [programs, H] fp32, written only if DW
+    rows,
+    rows_per_program,  # a multiple of ROWS
+    stride_dy,
+    stride_x,
+    stride_ds,
+    offset,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+    LLAMA: tl.constexpr,
+    DW: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_per_program
+    col = tl.arange(0, BLOCK)[None, :]
+    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    if DW:
+        dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for i in range(0, rows_per_program, ROWS):
+        row = first + i + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & (col < H)
+        dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        xhat = x * rstd
+        g = dy * w
+        mean = tl.sum(g * xhat, axis=1)[:, None] / H
+        dx = rstd * (g - xhat * mean)
+        if ADD:
+            dx += tl.load(ds_ptr + row * stride_ds + col, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row * H + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if DW:
+            if LLAMA:
+                xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
+            dw += dy * xhat
+    if DW:
+        # A tile of one row needs no reduction; `tl.sum` over it would still stage [1, BLOCK] through shared memory.
+        if ROWS == 1:
+            tl.store(dw_ptr + program * H + col, dw, mask=col < H)
+        else:
+            out = tl.arange(0, BLOCK)
+            tl.store(dw_ptr + program * H + out, tl.sum(dw, axis=0), mask=out < H)
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, casting: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [..., H] in `dtype`, s = x + residual (empty without a residual), rstd [rows]."""
+    rows2d, width = as_rows(x), x.shape[-1]
+    add = residual is not None
+    added = as_rows(residual) if residual is not None else rows2d
+    y = x.new_empty(x.shape, dtype=dtype)
+    s = x.new_empty(x.shape if add else (0,))
+    rstd = x.new_empty(len(rows2d), dtype=torch.float32)
+    block, rows, warps = row_block(width, TABLE["rms_norm_forward"]["tile"])
+    start(
+        _forward, triton.cdiv(len(rows2d), rows), rows2d, added, weight.contiguous(), y, s, rstd, len(rows2d),
+        rows2d.stride(0), added.stride(0), eps, offset,
+        H=width, BLOCK=block, ROWS=rows, ADD=add, LLAMA=casting == "llama", warps=warps,
+    )  # fmt: skip
+    return y, s, rstd
+
+
+def backward(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, ds: Tensor | None, offset: float, casting: str, want_dw: bool
+) -> tuple[Tensor, Tensor]:
+    """dx in the dtype of x, and dw in the dtype of weight (empty unless wanted)."""
+    dy2d, x2d, width = as_rows(dy), as_rows(x), x.shape[-1]
+    ds2d = as_rows(ds) if ds is not None else dy2d
+    table = TABLE["rms_norm_backward"]
+    block, rows, warps = row_block(width, table["tile"])
+    share, programs = split_rows(len(x2d), rows, table["programs_dw" if want_dw else "programs"])
+    dx = x.new_empty(x.shape)
+    dw = x.new_empty((programs, width) if want_dw else (0,), dtype=torch.float32)
+    start(
+        _backward, programs, dy2d, x2d, weight.contiguous(), rstd, ds2d, dx, dw, len(x2d), share,
+        dy2d.stride(0), x2d.stride(0), ds2d.stride(0), offset,
+        H=width, BLOCK=block, ROWS=rows, ADD=ds is not None, LLAMA=casting == "llama", DW=want_dw,
+        warps=min(32, 2 * warps) if want_dw else warps,
+    )  # fmt: skip
+    return dx, dw.sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
+
+
+def split_rows(total: int, rows: int, programs: int) -> tuple[int, int]:
+    """(rows of one program, programs): at most `programs`, whole blocks of `rows` each."""
+    share = triton.cdiv(triton.cdiv(total, rows), programs) * rows
+    return share, triton.cdiv(total, share) if total else 0
