@@ -1,7 +1,8 @@
 """`Cluster`: what hardware there is, from a YAML in `cluster_configs/`, a YAML of the user's, or this machine.
 
-A cluster file says how many nodes of which kind; what a GPU type is worth comes from `gpus.json`. Left out: asking Slurm or Ray
-for their nodes, and the meaning of the `slurm` and `ray` settings, which belong to those schedulers' own modules.
+A cluster file says how many nodes of which kind; what a GPU type is worth comes from `gpus.json`. Left out: asking
+Slurm or Ray for their nodes, and the meaning of the `slurm` and `ray` settings, which belong to those schedulers' own
+modules.
 
 Units: GiB are 2^30 bytes; `_gbps` are 10^9 bytes (not bits) per second and GPU in one direction; TFLOP/s are dense.
 """
@@ -21,6 +22,7 @@ from .errors import ClusterError, did_you_mean
 
 CONFIGS = Path(__file__).resolve().parent.parent / "cluster_configs"
 THIS_MACHINE = "this-machine"
+DTYPES = ("bf16", "fp16", "tf32", "fp32", "fp8")
 MARKS = ("data sheet", "measured", "list price", "example")
 
 
@@ -32,8 +34,8 @@ class NodeGroup(_Frozen):
     """Nodes of one kind. `gpu: null` with `gpus_per_node: 0` is a CPU machine.
 
     `gpu_memory_gib` is the total that PyTorch sees on one device, below the number on the box. `gpu_reserved_gib` and
-    `host_reserved_gib` are what others use of it: other processes, the desktop, the file cache's floor. `sources` says per key
-    where its number is from: "data sheet …", "measured …", "list price …" or "example …".
+    `host_reserved_gib` are what others use of it: other processes, the desktop, the file cache's floor. `sources` says
+    per key where its number is from: "data sheet …", "measured …", "list price …" or "example …".
     """
 
     nodes: int = Field(1, ge=1)
@@ -54,6 +56,11 @@ class NodeGroup(_Frozen):
 
     @model_validator(mode="after")
     def _whole(self) -> NodeGroup:
+        for key, source in self.sources.items():
+            if key not in type(self).model_fields or not source.startswith(MARKS):
+                raise ValueError(f"sources.{key}: a key of the group, and where its number is from: {', '.join(MARKS)}")
+        if any(peak <= 0 for peak in self.peak_tflops.values()) or not set(self.peak_tflops) <= set(DTYPES):
+            raise ValueError(f"peak_tflops holds positive numbers for some of {', '.join(DTYPES)}")
         if (self.gpus_per_node > 0) != (self.gpu is not None):
             raise ValueError("gpu and gpus_per_node go together; leave both out for a machine without GPUs")
         if self.gpu is not None and self.gpu_memory_gib is None:
@@ -107,7 +114,8 @@ class Cluster(_Frozen):
 
 
 def load_cluster(name_or_path: str) -> Cluster:
-    """A cluster by its name in `cluster_configs/`, or from a YAML file (anything with a slash or the suffix .yaml or .yml).
+    """A cluster by its name in `cluster_configs/`, or from a YAML file (anything with a slash or the suffix .yaml or
+    .yml).
 
     Raises ClusterError for an unknown name, with the nearest one, and for a wrong file with every wrong key at once.
     """
@@ -116,7 +124,9 @@ def load_cluster(name_or_path: str) -> Cluster:
         path = CONFIGS / f"{name_or_path}.yaml"
         if not path.is_file():
             hint = did_you_mean(name_or_path, cluster_names())
-            raise ClusterError(f"there is no cluster '{name_or_path}' in cluster_configs/{hint} A path to a YAML works too")
+            raise ClusterError(
+                f"there is no cluster '{name_or_path}' in cluster_configs/{hint} (or give the path of a YAML)"
+            )
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, UnicodeDecodeError) as error:
@@ -132,7 +142,7 @@ def load_cluster(name_or_path: str) -> Cluster:
 def build_cluster(tree: Any, *, source: str, default_name: str) -> Cluster:
     """The same from a mapping. `groups: this-machine` stands for the groups of `this_machine()`."""
     if not isinstance(tree, dict):
-        raise ClusterError(f"{source}: a cluster file holds keys and values; name, scheduler and groups are the first to write")
+        raise ClusterError(f"{source}: a cluster file holds keys and values, scheduler and groups before all")
     tree = {"name": default_name, **tree}
     if tree.get("groups") == THIS_MACHINE:
         tree["groups"] = [group.model_dump() for group in this_machine().groups]
@@ -142,8 +152,8 @@ def build_cluster(tree: Any, *, source: str, default_name: str) -> Cluster:
         return Cluster.model_validate(tree)
     except ValidationError as error:
         problems = list(_problems(error))
-        lines = problems[0] if len(problems) == 1 else f"{len(problems)} problems:\n" + "\n".join(f"  {p}" for p in problems)
-        raise ClusterError(f"{source}: {lines}") from None
+        many = f"{len(problems)} problems:" + "".join(f"\n  {problem}" for problem in problems)
+        raise ClusterError(f"{source}: {problems[0] if len(problems) == 1 else many}") from None
 
 
 def this_machine() -> Cluster:
@@ -174,14 +184,18 @@ def _with_gpu_type(group: Any, where: str) -> Any:
         if "gpu_memory_gib" in group:
             return group
         hint = did_you_mean(group["gpu"], gpu_types())
-        raise ClusterError(f"{where}.gpu: '{group['gpu']}' is not a known type{hint} For another type write its gpu_memory_gib and peak_tflops")
+        advice = "For another type write its gpu_memory_gib and peak_tflops"
+        raise ClusterError(f"{where}.gpu: '{group['gpu']}' is not a known type{hint} {advice}")
     sources = {k: v for k, v in known["sources"].items() if k not in group} | (group.get("sources") or {})
     return {**known, **group, "sources": sources}
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
     """One sentence per wrong key, with its dotted path and the nearest valid key."""
+    broken_groups = any(len(item["loc"]) > 1 for item in error.errors())
     for item in error.errors():
+        if item["type"] == "too_short" and broken_groups:  # pydantic counts the groups that were right
+            continue
         path = [str(part) for part in item["loc"]]
         where = ".".join(path) or "the file"
         if item["type"] == "extra_forbidden":
@@ -192,5 +206,6 @@ def _problems(error: ValidationError) -> Iterator[str]:
         elif item["type"] == "value_error":
             yield f"{where}: {item['msg'].removeprefix('Value error, ')}"
         else:
-            text = item["msg"].removeprefix("Input should be ").replace("a valid tuple", "a list").replace("a valid ", "a ")
+            text = item["msg"].split(", unable")[0].removeprefix("Input should be ").replace("a valid tuple", "a list")
+            text = text.replace("a valid integer", "a whole number").replace("a valid ", "a ")
             yield f"{where}: must be {text}, not {item['input']!r}"

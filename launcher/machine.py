@@ -1,7 +1,8 @@
-"""What this machine offers to this process: GPUs through NVML, cores within the affinity mask and the cgroup, memory likewise.
+"""What this machine offers to this process: GPUs through NVML, cores within the affinity mask and the cgroup, memory
+likewise.
 
-Standard library and, where it is installed, pynvml; no torch. Left out: AMD GPUs, which NVML does not know (describe such
-machines in a cluster file).
+Standard library and, where it is installed, pynvml; no torch. Left out: AMD GPUs, which NVML does not know (describe
+such machines in a cluster file).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ UNLIMITED = 1 << 60  # version 1 cgroups write a number near 2^63 for "no limit"
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One visible device. `memory_bytes` is what processes can allocate of it, `free_bytes` what is left of that now."""
+    """One visible device: `memory_bytes` is what processes can have of it, `free_bytes` what is left of that now."""
 
     name: str
     uuid: str
@@ -62,7 +63,7 @@ def inventory() -> list[dict[str, Any]]:
 
 
 def gpu_type(nvml_name: str) -> tuple[str, dict[str, Any]]:
-    """Our name of a device and what its data sheet says; its own name and nothing where the type is not in `gpus.json`."""
+    """Our name of a device and its data sheet; its own name and nothing for a type that is not in `gpus.json`."""
     rows = json.loads((Path(__file__).parent / "gpus.json").read_text(encoding="utf-8"))["gpus"]
     plain = nvml_name.removeprefix("NVIDIA ").removeprefix("GeForce ")
     for name, row in rows.items():
@@ -72,14 +73,16 @@ def gpu_type(nvml_name: str) -> tuple[str, dict[str, Any]]:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves, in its order. Raises ClusterError when there are devices and no
-    pynvml to ask, or a driver that does not answer."""
+    """The NVIDIA devices that CUDA_VISIBLE_DEVICES leaves, in its order. Raises ClusterError when there are devices and
+    no pynvml to ask, or a driver that does not answer."""
     if not Path("/dev/nvidiactl").exists() and not Path("/dev/dxg").exists():
         return []
     try:
         import pynvml
     except ImportError:
-        raise ClusterError("this machine has an NVIDIA driver and pynvml is missing: pip install nvidia-ml-py") from None
+        raise ClusterError(
+            "this machine has an NVIDIA driver and pynvml is missing: pip install nvidia-ml-py"
+        ) from None
     try:
         pynvml.nvmlInit()
         try:
@@ -155,7 +158,10 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
         return memory.total, memory.available
     total, available = (int(info[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     for folder in _cgroups(root, "memory"):
-        for limit_file, usage_file in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for limit_file, usage_file in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
             limit, usage = _read(folder / limit_file), _read(folder / usage_file)
             if not limit.isdigit() or int(limit) >= UNLIMITED:
                 continue

@@ -1,7 +1,8 @@
 """Model folders on disk: where they are, their `config.json`, and the headers of their safetensors files.
 
-Reads the layout of the Hugging Face cache directly, because importing huggingface_hub costs more than a whole `plan` may.
-No weight is read: a safetensors file opens with the JSON that names each tensor's dtype and shape. Left out: downloading.
+Reads the layout of the Hugging Face cache directly, because importing huggingface_hub costs more than a whole `plan`
+may. No weight is read: a safetensors file opens with the JSON that names each tensor's dtype and shape. Left out:
+downloading.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ModelError
-from .model_families import Layout, LinearLayer, read_dims
+from .model_families import FAMILIES
+from .model_layout import Layout, LinearLayer, read_dims
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit, so that a damaged length is not read as one
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
@@ -42,7 +44,7 @@ class Checkpoint:
     bytes: int
 
     def params(self, *, tied: bool) -> int:
-        """Parameters of the model: a tied head that was saved twice counts once; buffers of old versions do not count."""
+        """Parameters of the model: a tied head that was saved counts once, buffers of old versions not at all."""
         return sum(t.numel for name, t in self.tensors.items() if not _ignored(name, tied))
 
     @property
@@ -106,9 +108,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            raise ModelError(
-                f"{index} is not a safetensors index; copy it again from where the model came from"
-            ) from None
+            raise ModelError(f"{index} is not a safetensors index; copy it again") from None
         files = [folder / str(name) for name in names]
     else:
         files = [folder / "model.safetensors"]
@@ -151,8 +151,8 @@ _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\.(.+)\.weight$")
 
 
 def count_checkpoint(config: Mapping[str, Any], checkpoint: Checkpoint) -> Layout:
-    """Counts a dense decoder of any family from its tensors: a two-dimensional weight inside a numbered block is a linear
-    layer, one of vocabulary size outside is the embedding or the head.
+    """Counts a dense decoder of any family from its tensors: a two-dimensional weight inside a numbered block is a
+    linear layer, one of vocabulary size outside is the embedding or the head.
 
     Raises ModelError for mixtures of experts and models with a vision or audio part, where that rule does not hold.
     """
@@ -161,7 +161,8 @@ def count_checkpoint(config: Mapping[str, Any], checkpoint: Checkpoint) -> Layou
     odd += [k for k in ("num_experts", "num_local_experts", "n_routed_experts") if (config.get(k) or 1) > 1]
     if odd:
         raise ModelError(
-            f"model_type '{kind}' is not supported: its config.json has {odd[0]}, and only dense text decoders can be counted from their weights"
+            f"model_type '{kind}' is not supported: its config.json has {odd[0]}, and only dense text decoders can be "
+            f"counted from their weights; the families known by name are {', '.join(sorted(FAMILIES))}"
         )
     known = dict(config)
     for key, others in _ALIASES.items():
@@ -204,9 +205,11 @@ def _instead(folder: Path) -> str:
     gguf = next((n for n in names if n.endswith(".gguf")), None)
     pickle = next((n for n in names if n.endswith(PICKLES)), None)
     if gguf:
-        return f"{folder} holds a GGUF file ({gguf}), which is for inference; give the Hugging Face folder (config.json and safetensors) that it was made from"
+        wanted = "give the Hugging Face folder (config.json and safetensors) that it was made from"
+        return f"{folder} holds a GGUF file ({gguf}), which is for inference; {wanted}"
     if pickle:
-        return f"{folder} holds weights only as a pickle ({pickle}), which is not loaded because it can run code; save the model again as safetensors"
+        why = "which is not loaded because it can run code"
+        return f"{folder} holds weights only as a pickle ({pickle}), {why}; save the model again as safetensors"
     if "adapter_config.json" in names:
         return f"{folder} holds an adapter, not a model; merge it into its base first, or give the base"
     return f"{folder} has no config.json, so it is not a model in Hugging Face layout"

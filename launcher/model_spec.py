@@ -1,7 +1,8 @@
-"""`ModelSpec`: the sizes of one model, and where they come from: a folder, the Hugging Face cache, the built-in table, the Hub.
+"""`ModelSpec`: the sizes of one model, and where they come from: a folder, the Hugging Face cache, the built-in table,
+the Hub.
 
-Sizes only; no weight is read and nothing heavy imported, so that `plan` stays fast and works without a network. The rules of
-counting are in `model_families.py`, the files in `model_files.py`, the table in `models.json`.
+Sizes only; no weight is read and nothing heavy imported, so that `plan` stays fast and works without a network. The
+rules of counting are in `model_families.py`, the files in `model_files.py`, the table in `models.json`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import model_files as files
-from .errors import ModelError, did_you_mean
-from .model_families import FAMILIES, Layout, LinearLayer, layout
+from .errors import ModelError, did_you_mean, nearest
+from .model_families import FAMILIES
+from .model_layout import Layout, LinearLayer, layout
 from .schema import Model
 
 Targets = Literal["all-linear"] | tuple[str, ...]
@@ -28,10 +30,10 @@ HUB_TIMEOUT_S = 10
 class ModelSpec:
     """Dimensions and exact counts of one decoder. `intermediate_size` is per expert in a mixture of experts.
 
-    `params` counts each parameter once (a tied head is the embedding) and is the sum of `embedding_params` (with the head where
-    it is untied), `linear_params` (the matrices of the blocks, experts included: what NF4 quantises) and `other_params` (norms,
-    biases, routers). `dtype` is that of the checkpoint. `path` is the local folder that was read, `weights_bytes` the size of
-    its safetensors, both None where there is none.
+    `params` counts each parameter once (a tied head is the embedding) and is the sum of `embedding_params` (with the
+    head where it is untied), `linear_params` (the matrices of the blocks, experts included: what NF4 quantises) and
+    `other_params` (norms, biases, routers). `dtype` is that of the checkpoint. `path` is the local folder that was
+    read, `weights_bytes` the size of its safetensors, both None where there is none.
     """
 
     name: str
@@ -60,8 +62,8 @@ class ModelSpec:
 
     @property
     def expert_params(self) -> int:
-        """The part of `linear_params` that transformers 5 keeps in three-dimensional expert tensors, 0 for a dense model.
-        bitsandbytes as transformers calls it quantises nn.Linear only and leaves these in 16 bits."""
+        """The part of `linear_params` that transformers 5 keeps in three-dimensional expert tensors, 0 for a dense
+        model. bitsandbytes as transformers calls it quantises nn.Linear only and leaves these in 16 bits."""
         return sum(layer.params for layer in self.linears if layer.kind == "experts")
 
     def adapted(self, targets: Targets) -> tuple[LinearLayer, ...]:
@@ -79,9 +81,8 @@ class ModelSpec:
                 )
         for layer in self.linears:
             if len(layer.names) > 1 and not layer.chosen(targets) and any(_answers(layer, t) for t in targets):
-                raise ModelError(
-                    f"lora.targets: {' and '.join(layer.names)} are one tensor in {self.model_type}; name both or neither"
-                )
+                both = " and ".join(layer.names)
+                raise ModelError(f"lora.targets: {both} are one tensor in {self.model_type}; name both or neither")
         return tuple(layer for layer in layers if layer.lora_rank and layer.chosen(targets))
 
     def lora_params(self, r: int, targets: Targets = "all-linear") -> int:
@@ -101,8 +102,8 @@ class ModelSpec:
 def load_model_spec(model: Model, *, offline: bool | None = None) -> ModelSpec:
     """Finds `model.name`: a local folder, else the Hugging Face cache, else the built-in table, else the Hub.
 
-    `offline` defaults to what HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE say. Raises ModelError when nothing answers, when what is
-    found is not a supported model, and when the weights beside config.json are of another size than it says.
+    `offline` defaults to what HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE say. Raises ModelError when nothing answers, when
+    what is found is not a supported model, and when the weights beside config.json are of another size than it says.
     """
     folder = Path(model.name).expanduser()
     if folder.is_dir():
@@ -116,7 +117,7 @@ def load_model_spec(model: Model, *, offline: bool | None = None) -> ModelSpec:
     snapshot = files.cached_snapshot(model.name, model.revision)
     if snapshot is not None:
         return _from_folder(snapshot, model, "cache", snapshot.name)
-    row = table().get(model.name.lower())
+    row = _table_row(model.name)
     if row is not None:
         return _spec(model.name, row, layout(row), source="table", revision=model.revision)
     if _offline_by_environment() if offline is None else offline:
@@ -132,14 +133,19 @@ def is_hub_id(name: str) -> bool:
 
 @cache
 def table() -> dict[str, dict[str, Any]]:
-    """config.json by lower-case name: every Hub id of `models.json`, and its rows' own short names."""
+    """config.json by name: every Hub id of `models.json`, and its rows' own short names."""
     rows = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))["models"]
     out = {}
     for row in rows:
-        out[row["name"].lower()] = row["config"]
+        out[row["name"]] = row["config"]
         for name, changes in row["ids"].items():
-            out[name.lower()] = {**row["config"], **changes}
+            out[name] = {**row["config"], **changes}
     return out
+
+
+def _table_row(name: str) -> dict[str, Any] | None:
+    """The Hub ignores case in names, and so does this."""
+    return next((config for known, config in table().items() if known.lower() == name.lower()), None)
 
 
 def _answers(layer: LinearLayer, target: str) -> bool:
@@ -177,9 +183,8 @@ def _refuse_unsuitable(name: str, config: Mapping[str, Any]) -> None:
         method = quantized.get("quant_method", "unknown") if isinstance(quantized, dict) else "unknown"
         raise ModelError(f"{name} is already quantized ({method}); give the 16-bit model, which qlora quantizes itself")
     if config.get("vision_config") or config.get("audio_config"):
-        raise ModelError(
-            f"{name} (model_type '{config.get('model_type')}') takes more than text; only text decoders are supported, so give a text-only checkpoint of it"
-        )
+        kind = config.get("model_type")
+        raise ModelError(f"{name} (model_type '{kind}') takes more than text; give a text-only checkpoint of it")
 
 
 def _spec(
@@ -214,38 +219,38 @@ def _spec(
 
 
 def _not_found(name: str, why: str) -> str:
-    hint = did_you_mean(name, table())
-    near = f"{hint[1:].strip().capitalize()} " if hint else ""
-    return (
-        f"model {name} is no local folder, not in the Hugging Face cache ({files.cache_root()}) and not in the built-in table, and {why}. "
-        f"{near}Otherwise give a folder, or fetch it where there is a network: hf download {name}"
-    )
+    near = nearest(name, table())
+    places = f"no local folder, not in the Hugging Face cache ({files.cache_root()}) and not in the built-in table"
+    hint = f"did you mean '{near}'? Otherwise " if near else ""
+    advice = f"{hint}give a local folder, or fetch it where there is a network with `hf download {name}`"
+    return f"model {name} is {places}, and {why}; {advice}"
 
 
 def _from_hub(model: Model) -> ModelSpec:
+    """config.json only. One plain request decides whether the Hub answers: hf_hub_download repeats a failed one for 23
+    s (measured with huggingface_hub 2.4 and no name service)."""
     try:
-        from huggingface_hub import errors as hub_errors
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import errors, hf_hub_download, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
     except ImportError:
         raise ModelError(_not_found(model.name, "huggingface_hub is not installed to ask the Hub")) from None
-    where = f"{model.name}{f' at {model.revision}' if model.revision else ''}"
+    name, at = model.name, f" at {model.revision}" if model.revision else ""
     try:
-        path = hf_hub_download(model.name, "config.json", revision=model.revision, etag_timeout=HUB_TIMEOUT_S)
-    except hub_errors.GatedRepoError:
-        raise ModelError(
-            f"{where} is gated: accept its licence on its Hub page, then set HF_TOKEN or run `hf auth login`"
-        ) from None
-    except hub_errors.RevisionNotFoundError:
-        raise ModelError(f"{model.name} has no revision {model.revision} on the Hub") from None
-    except hub_errors.RepositoryNotFoundError:
-        raise ModelError(
-            _not_found(model.name, "the Hub has none of that name (or it is private and HF_TOKEN is not set)")
-        ) from None
-    except hub_errors.RemoteEntryNotFoundError:
-        raise ModelError(
-            f"{where} has no config.json on the Hub (a GGUF or adapter repository?); give the model in Hugging Face layout"
-        ) from None
-    except Exception as error:  # httpx, socket and proxy errors have no common base; all of them mean "no answer"
-        raise ModelError(_not_found(model.name, f"the Hub does not answer ({type(error).__name__})")) from None
+        url = hf_hub_url(name, "config.json", revision=model.revision)
+        session = get_session()
+        hf_raise_for_status(session.head(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_S, follow_redirects=True))
+        path = hf_hub_download(name, "config.json", revision=model.revision, etag_timeout=HUB_TIMEOUT_S)
+    except errors.GatedRepoError:
+        advice = "accept its licence on its page there, then set HF_TOKEN or run `hf auth login`"
+        raise ModelError(f"{name} is gated on the Hub: {advice}") from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(f"{name} has no revision '{model.revision}' on the Hub; correct model.revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(_not_found(name, "the Hub has none of that name, or a private one and no HF_TOKEN")) from None
+    except errors.EntryNotFoundError:
+        advice = "it may hold a GGUF or an adapter; give the model in Hugging Face layout"
+        raise ModelError(f"{name}{at} has no config.json on the Hub; {advice}") from None
+    except Exception as error:  # httpx, socket, proxy and disk errors have no common base
+        raise ModelError(_not_found(name, f"the Hub does not answer ({type(error).__name__}: {error})")) from None
     folder = Path(path).parent
     return _from_folder(folder, model, "hub", folder.name)
