@@ -1,0 +1,213 @@
+"""Bytes that grow with the batch: kept activations, one block's working set in backward, logits by loss path.
+
+Counting rule: a tensor counts while something still needs it. PyTorch saves an operation's input only if the gradient
+of the other operand is wanted, so a frozen linear layer keeps nothing and an adapter on it keeps its own copy of the
+input. The counts below were checked against a tracker of live storages over real transformers and PEFT blocks
+(one block, backward included) and reproduce the published slopes in bytes per token to within 0.1 %.
+
+Symbols: T tokens of one forward pass, h hidden, f MLP width, q = heads x head_dim, kv = kv_heads x head_dim, V vocabulary,
+L layers, e bytes of a hidden-state element (2, or 4 in fp32 and after k-bit preparation, which holds them in fp32).
+
+One block in backward, gated MLP, no fused SwiGLU; the peak is where the product silu(gate) x up is differentiated:
+
+    gate, up, silu(gate) kept, and the gradients of product, silu(gate) and up      6 f e
+    block output as recomputed, and its gradient                                     2 h e
+    q, k, v, attention output (k and v repeated to q by sdpa and eager), lse         (2 q + 2 kv) e + 4 heads
+    norms: eager fp32 copy of the input each; fused the input of the second          8 h | h e
+    full fine-tuning: outputs of both norms, and their inputs normalised (eager)     2 h e | 4 h e
+    adapters: mask and dropped copy of the input each                                (1 + copy) d_in
+    eager attention at its own softmax: probabilities, gradient, product, result     14 or 16 bytes a score
+
+Left out: anything independent of T (`memory_states.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .memory_constants import CONSTANTS as C
+from .memory_request import MemoryRequest
+from .memory_states import compute_width, other_width
+
+FUSED_NORMS = ("ce", "fused", "trebuchet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes on one GPU.
+
+    `kept` all that forward leaves behind for backward; `kept_last` what of it is still there when the first block's
+    backward (the last one) runs; `working` what the block in backward adds; `retained` layer inputs that FSDP1 holds
+    on to under a frozen base; `loss` logits and what surrounds them at the loss; `held_logits` what outlives the loss.
+    """
+
+    kept: int
+    kept_last: int
+    working: int
+    retained: int
+    loss: int
+    held_logits: int
+
+
+def hidden_width(r: MemoryRequest) -> int:
+    """Bytes of a hidden-state element between the projections."""
+    return max(compute_width(r), other_width(r)) if r.adapters else compute_width(r)
+
+
+def activations(r: MemoryRequest) -> Activations:
+    """The batch-dependent bytes of one GPU for `r`."""
+    m, t, e = r.model, r.tokens, hidden_width(r)
+    boundary = m.hidden_size * e * t
+    kept_block, working = _block(r)
+    if r.checkpointing == "none":
+        kept, kept_last, working = m.num_layers * kept_block, kept_block, working - kept_block
+    elif r.checkpointing == "selective":
+        saved = boundary + _selective(r)
+        kept, kept_last, working = m.num_layers * saved, saved, working - _selective(r)
+    else:
+        kept, kept_last = m.num_layers * boundary, boundary
+    retained = 0
+    if r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full":
+        retained = max(m.num_layers - 2, 0) * boundary
+    loss, held = _loss(r)
+    return Activations(
+        kept=int(kept), kept_last=int(kept_last), working=int(working), retained=retained, loss=loss, held_logits=held
+    )
+
+
+def _block(r: MemoryRequest) -> tuple[float, float]:
+    """(bytes one block keeps for its backward, bytes alive at the worst moment of its backward), all tokens."""
+    m, e, t = r.model, hidden_width(r), r.tokens
+    h, f, k = m.hidden_size, m.intermediate_size, m.active_experts
+    attention, scores_kept, scores_peak = _attention(r)
+    attention += _norms(r)
+    product = f * e if _keeps_input(r, "down") else 0
+    down_copies = _adapter_copies(r, ("down",))
+    mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + down_copies)
+    mlp += _adapter_copies(r, ("gate", "up")) + _stack_copies(r)
+    transient = 1 if _fused_swiglu(r) and r.kernels != "trebuchet" else 3
+    share = k / m.experts
+    ends = 2 * h * e
+    if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
+        mlp += k * h * e
+        ends += (2 + 2 * share) * h * e
+    during_product = attention + mlp - share * (product + down_copies) + share * transient * f * e
+    dropped = f * e if down_copies else 0
+    during_down = attention + mlp + share * (f * e + dropped)
+    during_attention = attention + (3 * m.num_heads + m.num_kv_heads) * m.head_dim * e
+    kept = (attention + mlp) * t + scores_kept
+    peak = max(
+        (max(during_product, during_down) + ends) * t + scores_kept,
+        (during_attention + ends) * t + scores_peak,
+    )
+    return kept, peak
+
+
+def _attention(r: MemoryRequest) -> tuple[float, float, float]:
+    """(bytes a token, bytes of the scores kept, bytes of the scores at the softmax's backward)."""
+    m, e = r.model, hidden_width(r)
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    if r.attention != "flash":
+        kv = q  # transformers repeats keys and values for sdpa and eager attention
+    per_token = (2 * q + 2 * kv) * e + _adapter_copies(r, ("q", "k", "v", "o"))
+    if r.kernels == "chunked-ce":
+        per_token += (q + m.num_kv_heads * m.head_dim) * e  # packed projection: the view of v keeps q and k alive
+    if r.attention != "eager":
+        return per_token + 4 * m.num_heads, 0.0, 0.0
+    scores = float(r.rows * m.num_heads * r.seq_len**2)
+    kept, peak = (4, 16) if e == 4 else (6, 14)
+    mask = e * r.rows * r.seq_len**2
+    return per_token, kept * scores + mask, peak * scores + mask
+
+
+def _norms(r: MemoryRequest) -> float:
+    """Bytes a token that the two norms of a block keep, and what their trainable readers keep."""
+    h, e = r.model.hidden_size, hidden_width(r)
+    first = 0 if r.checkpointing != "none" else 1  # the block's input is the boundary tensor already
+    if r.kernels in FUSED_NORMS or e == 4:
+        total = (1 + first) * h * e
+    else:
+        total = 2 * 4 * h
+    if not r.adapters:
+        total += 2 * h * e * (1 if r.kernels in FUSED_NORMS else 2)
+    return total
+
+
+def _keeps_input(r: MemoryRequest, target: str) -> bool:
+    """Whether a projection keeps the tensor it reads itself (not a copy)."""
+    if not r.adapters or (r.kernels == "chunked-ce" and target == "down"):
+        return True
+    return target in (r.lora_targets or ()) and not _copies_input(r)
+
+
+def _copies_input(r: MemoryRequest) -> bool:
+    """Whether an eager adapter stores a copy of its input rather than the input."""
+    dropout = r.lora_dropout is None or r.lora_dropout > 0
+    if dropout:
+        return True
+    return r.kernels != "trebuchet" and r.precision != "bf16" and hidden_width(r) == 2
+
+
+def _adapter_copies(r: MemoryRequest, targets: tuple[str, ...]) -> float:
+    """Bytes a token that the adapters on `targets` keep of their inputs."""
+    chosen = [t for t in targets if r.adapters and t in (r.lora_targets or ())]
+    if not chosen:
+        return 0.0
+    shapes = r.model.linear_shapes
+    if not _copies_input(r):  # one shared input for q, k, v and one for gate, up; attention already keeps o's
+        firsts = {
+            ("h" if t in ("q", "k", "v") else "g"): shapes[t][0] for t in chosen if t in ("q", "k", "v", "gate", "up")
+        }
+        return float(sum(firsts.values()) * hidden_width(r))
+    wide = r.precision == "fp16" or (r.precision == "fp16-mixed" and hidden_width(r) == 4)
+    copy = 4 if wide or r.precision == "fp32" else 2
+    mask = 1 if r.lora_dropout is None or r.lora_dropout > 0 else 0
+    total = float(sum(shapes[t][0] for t in chosen) * (copy + mask))
+    if r.method == "qlora" and r.kernels in ("ce", "fused") and "o" in chosen:
+        total -= shapes["o"][0] * copy  # fused LoRA kernels of those stacks read the attention output in place
+    return total
+
+
+def _stack_copies(r: MemoryRequest) -> float:
+    """Bytes a token kept by the 4-bit linear of the LitGPT stack (chunked-ce): two copies of each input."""
+    if r.method != "qlora" or r.kernels != "chunked-ce":
+        return 0.0
+    m = r.model
+    inputs = 3 * m.hidden_size + m.num_heads * m.head_dim + m.intermediate_size
+    return float(C["litgpt_qlora_input_copies"] * inputs * hidden_width(r))
+
+
+def _fused_swiglu(r: MemoryRequest) -> bool:
+    return r.kernels == "trebuchet" or (r.kernels == "fused" and r.parallel in ("zero2", "zero3"))
+
+
+def _selective(r: MemoryRequest) -> float:
+    """Bytes that per-operation checkpointing keeps in a block: attention output and every second matrix product."""
+    m, e = r.model, hidden_width(r)
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    return (q + q + kv + m.intermediate_size + m.hidden_size) * e * r.tokens
+
+
+def _loss(r: MemoryRequest) -> tuple[int, int]:
+    """(bytes at the loss, bytes of logits that stay during the blocks' backward)."""
+    m, t, e = r.model, r.tokens, hidden_width(r)
+    v, h = m.vocab_size, m.hidden_size
+    head = other_width(r) if r.adapters else compute_width(r)
+    if r.kernels == "none":
+        per_logit = C["logit_bytes_eager_fp32_head"] if head == 4 else C["logit_bytes_eager"]
+        held = head * v * t if r.parallel == "none" else 0
+        return int(per_logit * v * t + 3 * h * e * t), held
+    if r.kernels == "ce":
+        return int(C["logit_bytes_ce"] * v * t + 2 * h * e * t), 0
+    if r.kernels == "chunked-ce":
+        return int(C["logit_bytes_chunked"] * v * t + 2 * h * e * t), 0
+    if r.kernels == "fused":
+        chunk = min(t, _power_of_two(-(-t // -(-v // h))))
+    else:
+        chunk = min(t, C["head_chunk_frozen"] if r.adapters else C["head_chunk_trained"])
+    head_gradient = 0 if r.adapters else v * h * (4 if r.kernels == "trebuchet" else compute_width(r))
+    return int(chunk * v * 8 + 3 * h * e * t + head_gradient), 0
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()

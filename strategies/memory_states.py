@@ -1,0 +1,187 @@
+"""Bytes that do not depend on the batch: weights, adapters, gradients, optimizer state, gathered copies, buffers.
+
+One `States` per request, all per GPU. The layouts differ in what is cut and what is whole:
+
+    none, ddp       everything whole
+    fsdp1, fsdp2    everything cut into `shards`; the root unit (embedding, head) and one block (fsdp1) or two (fsdp2)
+                    are whole while computing; with fp32 parameters under mixed precision the whole copies are 16-bit
+    zero2           weights whole, gradients and optimizer state cut
+    zero3           as fsdp; whole copies are kept up to `stage3_max_live_parameters`, gradients pass through buckets
+
+Left out: everything that grows with tokens (`memory_activations.py`) and what the allocator adds (`memory_reserved.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .memory_constants import CONSTANTS as C
+from .memory_request import SHARDED, MemoryRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """Bytes per GPU.
+
+    `weights` base or full model; `adapters` their parameters; `gradients` of everything that trains, as kept between
+    backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`
+    and `block` are gathered copies; `head_gradient` is the unsharded gradient of embedding and head inside backward;
+    `block_gradient` that of the matrix whose backward runs; `buffers` fixed communication buffers; `host` what offload
+    moves to the CPU.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    step_temporary: int
+    root: int
+    block: int
+    head_gradient: int
+    block_gradient: int
+    buffers: int
+    host: int
+
+
+def compute_width(r: MemoryRequest) -> int:
+    """Bytes of an element of the matrix products: 4 in fp32, else 2."""
+    return 4 if r.precision == "fp32" else 2
+
+
+def trainable_width(r: MemoryRequest) -> int:
+    """Bytes of a trainable parameter as the optimizer sees it in its module.
+
+    Mixed precision means fp32 for what trains, except under DeepSpeed, whose modules hold 16 bit and whose optimizer
+    holds the fp32 copy.
+    """
+    if r.precision == "fp32":
+        return 4
+    if r.adapters and r.precision == "fp16":
+        return 4  # PEFT keeps the adapters of an fp16 base in fp32: fp16 gradients cannot be unscaled
+    mixed = r.precision.endswith("mixed")
+    return 4 if mixed and r.parallel not in ("zero2", "zero3") else 2
+
+
+def adapter_params(r: MemoryRequest) -> int:
+    """Elements of all adapters: r x (in + out) for every target of every layer (of every expert)."""
+    m, total = r.model, 0
+    for target in r.lora_targets or ():
+        copies = 1 if target == "lm_head" else m.num_layers * (m.experts if target in ("gate", "up", "down") else 1)
+        total += copies * sum(m.linear_shapes[target])
+    return total * (r.lora_r or 0) if r.adapters else 0
+
+
+def base_linear_width(r: MemoryRequest) -> tuple[float, float]:
+    """Bytes of a weight of a projection matrix: (what a sharded layout cuts, what stays on every rank).
+
+    NF4 is half a byte plus one absmax a block of 64: fp32, or 8-bit with an fp32 one for every 256 blocks (Dettmers et
+    al. 2023, arXiv 2305.14314, section 3). bitsandbytes keeps absmax in the module, not in the parameter, so FSDP does
+    not cut it.
+    """
+    if r.method == "qlora":
+        double = r.double_quant is not False
+        return 0.5, (1 / 64 + 4 / (64 * 256)) if double else 4 / 64
+    if r.method == "lora8":
+        return 1.0, 0.0  # one byte a weight; one fp32 scale a row is under 0.1 % of it
+    return float(compute_width(r)), 0.0
+
+
+def other_width(r: MemoryRequest) -> int:
+    """Bytes of a weight of embedding, head and norms when the base is frozen.
+
+    `prepare_model_for_kbit_training` (PEFT) holds them in fp32; that is what fp16-mixed over a 4-bit base means here.
+    """
+    return 4 if r.method in ("qlora", "lora8") and r.precision == "fp16-mixed" else compute_width(r)
+
+
+def states(r: MemoryRequest) -> States:
+    """The batch-independent bytes of one GPU for `r`."""
+    m = r.model
+    n = r.shards if r.parallel in SHARDED else 1
+    zero = r.parallel in ("zero2", "zero3")
+    width = trainable_width(r)
+    linear = m.num_layers * m.block_linear_params
+    other = m.total_params - linear
+    adapters = adapter_params(r)
+    trainable = adapters if r.adapters else m.total_params
+    cut, whole = base_linear_width(r)
+    if r.adapters:
+        quantized_head = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
+        head = m.head_params if quantized_head else 0  # LitGPT's 4-bit plug-in replaces the head too
+        weights = int((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n)
+    else:
+        weights = m.total_params * width // n
+    if r.needs_reference:
+        weights += m.total_params * compute_width(r) // n
+    gradients = trainable * width // (r.shards if zero else n)
+    optimizer, temporary = _optimizer(r, trainable, n)
+    host = 0
+    if r.offload != "none":
+        host, optimizer, temporary = optimizer, 0, 0
+    if r.offload == "params":
+        host += weights + adapters * width // n + gradients
+        weights = int(linear * whole) if r.adapters else 0
+        gradients = 0
+    root, block = _gathered(r, n, cut)
+    head_params = 0 if r.adapters else m.embedding_params
+    compute = compute_width(r)
+    return States(
+        weights=weights,
+        adapters=0 if r.offload == "params" else adapters * width // n,
+        gradients=gradients,
+        optimizer=optimizer,
+        step_temporary=temporary,
+        root=root,
+        block=block,
+        head_gradient=head_params * (compute if n > 1 or zero else width),
+        block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * (compute if n > 1 else width),
+        buffers=_buffers(r, n),
+        host=host,
+    )
+
+
+def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:
+    """(moments and master copies, temporary of the step) in bytes.
+
+    AdamW keeps two moments in the parameter's dtype (Loshchilov and Hutter 2019); the 8-bit kind one byte each with an
+    fp32 absmax a block of 256 (Dettmers et al. 2022, arXiv 2110.02861). DeepSpeed keeps an fp32 copy and fp32 moments.
+    PyTorch's foreach step allocates one whole-model temporary. Paged state lives outside the allocator.
+    """
+    width = trainable_width(r)
+    zero = r.parallel in ("zero2", "zero3")
+    cut = r.shards if zero else n
+    moments = {"sgd": 0.0, "adamw-8bit": 2 + 8 / 256, "paged-adamw-8bit": 0.0}.get(r.optimizer, 2.0 * width)
+    if zero and r.precision.endswith("mixed"):
+        moments = 4 + (8.0 if moments == 2.0 * width else moments)
+    temporary = trainable * width // cut if r.optimizer == "adamw-foreach" else 0
+    if zero and r.precision.endswith("mixed"):  # the fp32 gradient of one sub-group
+        temporary = 4 * min(trainable // cut, C["zero3_sub_group_elements"])
+    return int(trainable * moments / cut), temporary
+
+
+def _gathered(r: MemoryRequest, n: int, cut: float) -> tuple[int, int]:
+    """(root unit, blocks) that are whole on every rank while computing, in bytes."""
+    if n == 1 and r.parallel != "zero3":
+        return 0, 0
+    m = r.model
+    root = (m.embedding_params + m.head_params) * (other_width(r) if r.adapters else compute_width(r))
+    if not r.adapters:
+        cut = compute_width(r)
+    one = int(m.block_linear_params * cut)
+    if r.parallel == "zero3":
+        live = min(m.total_params, C["zero3_max_live_elements"])
+        return root, int(live * cut) if r.method != "full" else live * compute_width(r)
+    return root, one * (C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else C["fsdp1_blocks_gathered"])
+
+
+def _buffers(r: MemoryRequest, n: int) -> int:
+    """Buffers of fixed size for reducing gradients, and the libraries' workspaces, in bytes."""
+    m, total = r.model, C["workspace_bytes"]
+    if r.parallel in ("zero2", "zero3") and not r.adapters:
+        bucket = min(C["zero_bucket_elements"], m.total_params)
+        total += int(C["zero_buckets"] * bucket * compute_width(r))
+    elif r.parallel == "fsdp2" and not r.adapters:
+        total += m.block_params * trainable_width(r)  # the reduce-scatter input of one block, in the reduce dtype
+    elif r.parallel == "ddp":
+        total += (adapter_params(r) if r.adapters else m.total_params) * trainable_width(r)  # gradient buckets
+    return total
