@@ -179,8 +179,8 @@ def count_checkpoint(config: Mapping[str, Any], checkpoint: Checkpoint) -> Layou
         if len(tensor.shape) != 2 or _ignored(name, tied):
             continue
         if match and "emb" not in match[1]:
-            key = (match[1], tensor.shape[1], tensor.shape[0])
-            shapes[key] = shapes.get(key, 0) + 1
+            shape = (match[1], tensor.shape[1], tensor.shape[0])
+            shapes[shape] = shapes.get(shape, 0) + 1
         elif not match and tensor.shape[0] == vocab:
             embedding += tensor.numel
     linears = tuple(

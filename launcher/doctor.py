@@ -1,0 +1,82 @@
+"""`trebuchet doctor`: is this machine fit to train, check by check, each with one line and what to do about it.
+
+The checks are in `doctor_checks.py`; here is the report: its shape, its text, its JSON. Left out: judging a remote
+cluster, and any repair. Nothing here imports torch; a subprocess with a time limit asks it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["ok", "warn", "fail"]
+SIGNS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One finding. `advice` is what to do, empty where nothing is."""
+
+    name: str
+    status: Status
+    line: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """All findings in the order they were made."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def status(self) -> Status:
+        """The worst of the checks."""
+        found = {check.status for check in self.checks}
+        return "fail" if "fail" in found else "warn" if "warn" in found else "ok"
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 1 when a check failed; a warning is no failure."""
+        return 1 if self.status == "fail" else 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {"status": self.status, "checks": [asdict(check) for check in self.checks]}
+
+
+def doctor(folder: Path | None = None, *, probe_timeout_s: float = 120) -> Report:
+    """Checks this machine; `folder` is where runs would be written (default: the working directory).
+
+    Takes as long as one import of torch and bitsandbytes. A probe that hangs longer than `probe_timeout_s` is a failure
+    of the report, not of this function.
+    """
+    from . import doctor_checks as checks
+
+    folder = folder or Path.cwd()
+    found: list[Check] = [checks.python(), *checks.packages()]
+    devices, gpu_check = checks.gpus()
+    found.append(gpu_check)
+    found += checks.torch_stack(devices, probe_timeout_s)
+    found += [checks.processors(), checks.shared_memory(), checks.writing(folder), *checks.disk(folder)]
+    found += [checks.hub(), checks.tokens(), *checks.schedulers()]
+    return Report(checks=tuple(found))
+
+
+def render(report: Report) -> str:
+    """The report as text: one line a check, the advice under it, the verdict last."""
+    width = max(len(check.name) for check in report.checks)
+    lines = []
+    for check in report.checks:
+        lines.append(f"{SIGNS[check.status]}  {check.name:<{width}}  {check.line}")
+        if check.advice:
+            lines.append(f"{'':<{width + 8}}-> {check.advice}")
+    return "\n".join([*lines, "", _verdict(report.checks)])
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    count = {status: sum(check.status == status for check in checks) for status in SIGNS}
+    if count["fail"]:
+        return f"not fit to train: {count['fail']} failed, {count['warn']} warnings"
+    return "fit to train" + (f", with {count['warn']} warnings" if count["warn"] else "")
