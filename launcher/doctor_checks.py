@@ -44,19 +44,16 @@ TRAIN = ("torch", "transformers", "accelerate", "peft", "bitsandbytes", "dataset
 
 def python() -> Check:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return Check(name="python", status="fail", line=f"{version}, too old", advice="use Python 3.11 or newer")
     return Check(name="python", status="ok", line=f"{version} at {sys.executable}")
 
 
 def packages() -> Iterator[Check]:
-    """Installed versions against the lower bounds of this package: the core must be there, the training part should be."""
+    """Installed versions against this package's lower bounds: the core must be there, the training part should."""
     for name, bound, extra in requirements():
         if extra not in ("", "train"):
             continue
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        version = _version(name)
+        if version is None:
             if extra == "":
                 yield Check(name=name, status="fail", line="not installed", advice=f"pip install '{name}>={bound}'")
             elif name in TRAIN:
@@ -118,10 +115,8 @@ def gpus() -> tuple[list[machine.Gpu], Check]:
 
 
 def torch_stack(devices: list[machine.Gpu], timeout_s: float) -> list[Check]:
-    """What torch, Triton and bitsandbytes say when they are imported and asked to compute, in a process of their own."""
-    try:
-        metadata.version("torch")
-    except metadata.PackageNotFoundError:
+    """What torch, Triton and bitsandbytes say when imported and asked to compute, in a process of their own."""
+    if _version("torch") is None:
         return []  # packages() has said so
     command = [sys.executable, "-P", str(Path(__file__).with_name("doctor_probe.py"))]
     try:
@@ -164,9 +159,8 @@ def _others(facts: dict[str, Any], gpu: bool) -> Iterator[Check]:
         if fact is None:
             continue
         if fact.get("error"):
-            status = "fail" if gpu else "warn"
             advice = f"{why}; install it again"
-            yield Check(name=f"{name} runs", status=status, line=fact["error"], advice=advice)
+            yield Check(name=f"{name} runs", status="fail" if gpu else "warn", line=fact["error"], advice=advice)
         else:
             yield Check(name=f"{name} runs", status="ok", line=fact["line"])
     if gpu and not any(shutil.which(compiler) for compiler in (os.environ.get("CC") or "cc", "gcc", "clang")):
@@ -198,7 +192,7 @@ def shared_memory(path: Path = Path("/dev/shm")) -> Check:
 
 
 def writing(folder: Path) -> Check:
-    """Writes 1 MiB, syncs, renames and removes it: what a checkpoint does, and what a full or read-only disk refuses."""
+    """Writes 1 MiB, syncs, renames and removes it: what a checkpoint does and a full or read-only disk refuses."""
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix=".trebuchet-doctor-", dir=folder) as scratch:
@@ -248,22 +242,23 @@ def tokens() -> Check:
 
 
 def schedulers() -> Iterator[Check]:
-    """Slurm and Ray, where they are found."""
-    if shutil.which("sbatch"):
-        version = _output("sbatch", "--version")
-        nodes = _output("sinfo", "--noheader", "--format=%D %t")
-        if nodes is None:
-            advice = "the Slurm controller does not answer; `sinfo` says why"
-            line = f"{version or 'sbatch found'}, no answer from sinfo"
-            yield Check(name="slurm", status="warn", line=line, advice=advice)
-        else:
-            yield Check(name="slurm", status="ok", line=f"{version}; nodes: {', '.join(nodes.splitlines()) or 'none'}")
-    try:
-        yield Check(name="ray", status="ok", line=metadata.version("ray"))
-    except metadata.PackageNotFoundError:
-        pass
+    """Slurm and Ray: whether they are here, and whether Slurm's controller answers."""
     if not shutil.which("sbatch"):
         yield Check(name="slurm", status="ok", line="not on this machine")
+    elif (nodes := _output("sinfo", "--noheader", "--format=%D %t")) is None:
+        line = f"{_output('sbatch', '--version') or 'sbatch found'}, no answer from sinfo"
+        yield Check(name="slurm", status="warn", line=line, advice="ask the controller by hand; `sinfo` says why")
+    else:
+        states = ", ".join(nodes.splitlines()) or "none"
+        yield Check(name="slurm", status="ok", line=f"{_output('sbatch', '--version')}; nodes: {states}")
+    yield Check(name="ray", status="ok", line=_version("ray") or "not installed")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _output(*command: str) -> str | None:

@@ -26,7 +26,7 @@ def _torch() -> dict[str, Any]:
         import torch
     except Exception as error:
         return {"error": _short(error)}
-    facts = {
+    facts: dict[str, Any] = {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": getattr(torch.version, "hip", None),
