@@ -60,11 +60,7 @@ def submit(config: ConfigLike, *, cluster: str | None = None, overrides: Sequenc
 def resume(run: str) -> JobHandle:
     """Goes on with a run from its newest valid checkpoint, with its own plan."""
     folder = open_run(run)
-    state = current_state(folder)
-    if state == JobState.RUNNING:
-        raise RunError(f"{run} is running; follow it with `trebuchet logs -f {run}`.")
-    if state == JobState.SUCCEEDED:
-        raise RunError(f"{run} is finished; its model is in {folder.model}.")
+    refuse_to_resume(folder)
     return _finish(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
 
 
@@ -114,7 +110,7 @@ def write(folder: RunFolder, decided: Plan, data: Prepared) -> None:
             command=record.command_line(),
             seed=decided.config.optimization.seed,
             model={"name": decided.model.name, "revision": decided.model.revision, "params": decided.model.params},
-            data=data.report.to_json(),
+            data=data.report.to_dict(),
         )
         if folder.root.exists():
             folder.root.rmdir()  # it was empty when new_run looked; not empty any more is an error here
@@ -137,6 +133,14 @@ def refuse_what_cannot_start(decided: Plan) -> None:
             f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
             "does not start; one device and ddp without offload it does: --set strategy.parallel=ddp."
         )
+
+
+def refuse_to_resume(folder: RunFolder) -> None:
+    state = current_state(folder)
+    if state == JobState.RUNNING:
+        raise RunError(f"{folder.root} is running; follow it with `trebuchet logs -f {folder.root}`.")
+    if state == JobState.SUCCEEDED:
+        raise RunError(f"{folder.root} is finished; its model is in {folder.model}.")
 
 
 def nothing_fits(decided: Plan) -> str:

@@ -78,7 +78,6 @@ def accelerate_config(spec: JobSpec) -> str:
         "machine_rank": 0,
         "num_processes": spec.tasks_per_node,
         "mixed_precision": "no",  # the loop's own autocast
-        "num_cpu_threads_per_process": int(spec.environment.get("OMP_NUM_THREADS", "1")),
     }
     if several:
         values |= {"main_process_ip": "127.0.0.1", "main_process_port": free_port(), "rdzv_backend": "static", "same_network": True}
@@ -87,8 +86,9 @@ def accelerate_config(spec: JobSpec) -> str:
 
 def command(spec: JobSpec) -> list[str]:
     config = str(RunFolder(spec.run_folder).accelerate)
+    threads = spec.environment.get("OMP_NUM_THREADS", "1")  # named, or accelerate prints a paragraph about its default
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
-    return [*launch, "-m", spec.module, *spec.arguments]
+    return [*launch, "--num_cpu_threads_per_process", threads, "-m", spec.module, *spec.arguments]
 
 
 def render(spec: JobSpec) -> str:
@@ -138,16 +138,16 @@ def _close(folder: RunFolder, outcome: dict[str, Any], *, killed: bool) -> int:
 
 
 def _without_a_word(folder: RunFolder, returncode: int) -> str:
-    """The ranks ended and left no outcome: killed from outside, most often by the kernel when memory ran out."""
-    if returncode in (-9, 137, 1):
-        tail = _tail(folder.log(0))
-        return f"the ranks ended without a word (exit {returncode}); when a process is killed for memory it looks like this. {tail}"
-    return f"the ranks ended with exit code {returncode}. {_tail(folder.log(0))}"
+    """The ranks ended and left no outcome: never started, or killed from outside, most often by the kernel for memory."""
+    if not folder.log(0).exists():
+        return f"accelerate could not start the ranks (exit {returncode}); what it said is above."
+    return (
+        f"the ranks ended without a word (exit {returncode}). When the kernel ends a process for want of memory it looks like "
+        f"this. {_tail(folder.log(0))}"
+    )
 
 
 def _tail(log: Path, lines: int = 3) -> str:
-    if not log.exists():
-        return "They wrote no log."
     text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
     return f"Last lines of {log}: " + " / ".join(text)
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data import TokenSet, collate, pack
+from .data import TokenSet, pack
+from .data.collate import collate
 from .step import Stepper
 
 if TYPE_CHECKING:

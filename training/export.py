@@ -20,7 +20,7 @@ from ..launcher.run_folder import RunFolder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def export(folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
@@ -30,7 +30,7 @@ def export(folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, to
     assert plan.chosen is not None
     net: Any = model
     if plan.chosen.method == "full":
-        dtype = DTYPES.get(plan.model.dtype or "float32", torch.float32)
+        dtype = DTYPES[plan.model.dtype]
         state = {name: tensor.detach().to(dtype) for name, tensor in net.state_dict().items()}
         net.config.use_cache = True  # switched off for training only
         net.config.dtype = dtype

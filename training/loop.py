@@ -14,7 +14,8 @@ from typing import Any
 from ..launcher import record
 from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
-from .data import Order, TokenSet, collate, share
+from .data import Order, TokenSet, share
+from .data.collate import collate
 from .evaluate import HeldOut, held_out_loss
 from .progress import Progress
 from .runtime import Runtime

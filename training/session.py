@@ -16,7 +16,7 @@ from ..launcher import record
 from ..launcher.errors import JobFailed
 from ..strategies.prepare import Prepared, compute_dtype, prepare
 from . import evaluate, load
-from .data import Order, pack
+from .data import Order
 from .data import prepare as prepare_data
 from .export import export
 from .loop import Loop
@@ -40,6 +40,8 @@ class Session:
             cache_dir=load.cache_folder() / "data",
             seed=self.config.optimization.seed,
         )
+        if self.data.chat_template:  # the model is saved with the template it was trained with
+            self.tokenizer.chat_template = self.data.chat_template
 
     def run(self) -> bool:
         prepared = prepare(
@@ -59,8 +61,7 @@ class Session:
 
     def loop(self, prepared: Prepared) -> Loop:
         config, chosen, optimization = self.config, self.chosen, self.config.optimization
-        lengths = self.data.train.lengths
-        rows = pack(lengths, config.data.max_length, optimization.seed) if config.data.packing else [(i,) for i in range(len(lengths))]
+        rows = self.data.train_rows
         order = Order(
             n_rows=len(rows),
             global_batch=optimization.global_batch_size,
@@ -141,7 +142,7 @@ class Session:
         record.update(
             self.runtime.folder,
             kernels=found.to_json() if found else {"applied": False, "reason": "strategy.kernels is off"},
-            data=self.data.report.to_json(),
+            data=self.data.report.to_dict(),
             parameters={"trainable": prepared.trainable, "total": prepared.total},
         )
         self.say(found.text() if found else "kernels: off")

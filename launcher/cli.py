@@ -1,0 +1,236 @@
+"""The command line. Each verb is a function that imports what it needs when it is called; `--help` imports nothing of ours.
+
+Exit codes: 0 done, 1 the job failed, 2 the user's input is wrong, 3 nothing fits, 4 the scheduler refused, 130 stopped by the
+user. Errors are one paragraph on stderr; a traceback only with --debug.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+EPILOG = """A run needs two lines of YAML:
+    model: Qwen/Qwen2.5-0.5B-Instruct
+    data: train.jsonl
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    from .errors import NothingFits, TrebuchetError
+
+    try:
+        return int(options.verb(options) or 0)
+    except TrebuchetError as error:
+        if options.debug:
+            raise
+        if isinstance(error, NothingFits) and getattr(options, "json", False):
+            _print_json(error.plan.public())  # type: ignore[union-attr]
+        print(f"trebuchet: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if options.debug:
+            raise
+        return 130
+    except BrokenPipeError:  # `trebuchet plan … | head`
+        sys.stderr.close()
+        return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="trebuchet", description=(__import__(__package__.partition(".")[0]).__doc__ or "").partition("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, function: Any, text: str, *, config: bool = False, json: bool = False) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub.set_defaults(verb=function)
+        if config:
+            sub.add_argument("config", metavar="CONFIG", help="the YAML of the run")
+            sub.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one key; may be repeated")
+        if json:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+        return sub
+
+    plan = verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True)
+    plan.add_argument("--cluster", metavar="NAME|FILE", help="a name in cluster_configs/ or a cluster YAML")
+    run = verb("run", _run, "train on this machine, through accelerate", config=True)
+    run.add_argument("--dry-run", "--dryrun", action="store_true", help="print the plan and the command; start nothing")
+    submit = verb("submit", _submit, "hand the run to the cluster's scheduler and return", config=True, json=True)
+    submit.add_argument("--cluster", metavar="NAME|FILE", help="a name in cluster_configs/ or a cluster YAML")
+    submit.add_argument("--dry-run", "--dryrun", action="store_true", help="print the plan and what would be submitted")
+    resume = verb("resume", _resume, "go on with a run from its newest checkpoint")
+    resume.add_argument("run", metavar="RUN")
+    status = verb("status", _status, "state, step and attempts of a run", json=True)
+    status.add_argument("run", metavar="RUN")
+    logs = verb("logs", _logs, "what the ranks of a run wrote, rank by rank; -f follows until it ends")
+    logs.add_argument("run", metavar="RUN")
+    logs.add_argument("-f", "--follow", action="store_true")
+    cancel = verb("cancel", _cancel, "ask a run to save a checkpoint and stop")
+    cancel.add_argument("run", metavar="RUN")
+    listing = verb("list", _list, "the runs of a folder", json=True)
+    listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
+    estimate = verb("estimate", _estimate, "memory of one or many strategies, from a file of requests")
+    estimate.add_argument("--json", metavar="FILE", required=True, dest="requests", help="a list of requests; - reads standard input")
+    verb("doctor", _doctor, "is this machine fit to train", json=True)
+    verb("config-schema", _schema, "JSON schema of the YAML, for editors")
+    return top
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from . import api
+    from .plan_text import render
+
+    plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
+    if options.json:
+        _print_json(plan.public())
+    else:
+        print(render(plan), end="")
+    return 0 if plan.feasible else 3
+
+
+def _run(options: argparse.Namespace) -> int:
+    from . import api, local
+    from .plan_text import render
+    from .run_folder import new_run
+
+    if options.dry_run:
+        plan = api.plan(options.config, overrides=options.overrides)
+        print(render(plan), end="")
+        if plan.feasible:
+            print("\n" + local.render(local.job_spec(plan, new_run(plan.config.output))), end="")
+        return 0 if plan.feasible else 3
+    folder, plan = api.begin(options.config, overrides=options.overrides)
+    print(render(plan), end="\n", flush=True)
+    code = local.execute(folder, plan)
+    _closing(folder, code)
+    return code
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from . import api, local
+    from .plan_text import render
+    from .run_folder import new_run
+
+    if options.dry_run:
+        plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
+        print(render(plan), end="")
+        if not plan.feasible:
+            return 3
+        api.refuse_what_cannot_start(plan)
+        print("\n" + local.render(local.job_spec(plan, new_run(plan.config.output))), end="")
+        return 0
+    handle = api.submit(options.config, cluster=options.cluster, overrides=options.overrides)
+    if options.json:
+        _print_json(handle.model_dump(mode="json"))
+    else:
+        print(f"{handle.run} is {handle.handle}; follow it with `trebuchet logs -f {handle.folder}`")
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from . import api, local
+    from .plan import Plan
+    from .run_folder import open_run
+
+    folder = open_run(options.run)
+    api.refuse_to_resume(folder)
+    code = local.execute(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+    _closing(folder, code)
+    return code
+
+
+def _closing(folder: Any, code: int) -> None:
+    """The last lines of a run: what came of it and where things are."""
+    from . import record
+    from .run_text import outcome
+
+    print(outcome(folder, record.read(folder)), file=sys.stderr if code else sys.stdout)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from . import api, record
+    from .run_folder import open_run
+    from .run_text import status
+
+    folder = open_run(options.run)
+    api.current_state(folder)
+    found = record.read(folder)
+    if options.json:
+        _print_json({key: found[key] for key in ("run", "state", "step", "steps", "attempts", "exit_code", "error")})
+    else:
+        print(status(folder, found))
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from . import logs
+    from .run_folder import open_run
+
+    folder = open_run(options.run)
+    for line in logs.lines(folder, follow=options.follow):
+        print(line, flush=options.follow)
+    return 0
+
+
+def _cancel(options: argparse.Namespace) -> int:
+    from . import api
+    from .errors import RunError
+    from .job import JobState
+    from .run_folder import open_run
+
+    folder = open_run(options.run)
+    state = api.current_state(folder)
+    if state != JobState.RUNNING:
+        raise RunError(f"{options.run} is not running: it is {state.value}.")
+    folder.stop.touch()
+    print(f"{options.run} will save a checkpoint at the end of this step and stop")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .run_text import listing, runs_of
+
+    found = runs_of(options.folder)
+    if options.json:
+        _print_json(found)
+    else:
+        print(listing(found, options.folder))
+    return 0
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from .estimates import answer
+
+    print(answer(options.requests))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import doctor, render
+
+    report = doctor()
+    if options.json:
+        _print_json(report.to_json())
+    else:
+        print(render(report), end="")
+    return 0 if report.ok else 1
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from .config import json_schema
+
+    _print_json(json_schema())
+    return 0
+
+
+def _print_json(value: Any) -> None:
+    import json
+
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
