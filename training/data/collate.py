@@ -1,7 +1,8 @@
 """Rows of samples into the tensors of one micro-batch. The only file here that needs torch.
 
-Labels leave here already shifted, because the fused loss works on hidden states and never sees the whole sequence of logits; and
-because a shift done later, over the packed row, would train the last token of a sample to predict the first of the next.
+Labels leave here already shifted, because the fused loss works on hidden states and never sees the whole sequence of
+logits; and because a shift done later, over the packed row, would train the last token of a sample to predict the
+first of the next.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ def collate(rows: Sequence[Sequence[Sample]], *, pad_id: int, pad_to_multiple_of
 
     Returned, with B rows and T the longest row (rounded up to `pad_to_multiple_of`):
       input_ids     int64 [B, T], padded on the right with `pad_id`
-      position_ids  int64 [B, T], starting at 0 in every sample; padding counts on from the row's last sample. Without an
-                    attention mask and with `use_cache=False` transformers builds its block-diagonal mask from the restarts.
-                    Rows of one sample have none, so it builds no mask and SDPA takes its causal path: `packed` says which
-      labels        int64 [B, T], shifted: labels[b, t] is token t+1 of the same sample if that token carries loss, else -100
-      seq_lens      list of B lists: lengths of the samples of each row, padding left out (for variable-length attention)
+      position_ids  int64 [B, T], from 0 in every sample; padding counts on from the row's last sample
+      labels        int64 [B, T], shifted: token t+1 of the same sample if that one carries loss, else -100
+      seq_lens      B lists: lengths of the samples of each row, without padding (for variable-length attention)
       packed        True when some row holds more than one sample
       num_tokens    tokens that are not padding
       num_trained   labels that are not -100
-    There is no attention_mask on purpose: a two-dimensional one makes transformers ignore the restarts, and samples then see
-    each other (transformers 5.23, seen on eager, sdpa and flex). An empty micro-batch gives one row of padding without labels.
+
+    transformers makes its block-diagonal mask from the restarts of position_ids, when `use_cache=False`. Where no row
+    is packed nothing restarts, so it makes no mask and SDPA takes its causal path. There is no attention_mask on
+    purpose: a two-dimensional one makes transformers ignore the restarts, and samples then see each other
+    (transformers 5.23, seen on eager, sdpa and flex). An empty micro-batch gives one row of padding without labels.
     """
     lengths = [[len(ids) for ids, _ in row] for row in rows]
     width = max((sum(row) for row in lengths), default=_EMPTY)

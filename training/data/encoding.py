@@ -1,8 +1,8 @@
 """Samples into token ids and a loss mask, in batches, and what is wrong with a mask found row by row.
 
-mask[t] says that token t carries loss as a *target*; the first token of a sample never does, because nothing stands before it.
-Text is tokenized whole, once; spans become tokens by overlap, so a token that holds the last of the header's white space and the
-first of the answer is trained. Left out: lengths. Nothing is cut here.
+mask[t] says that token t carries loss as a *target*; the first token of a sample never does, because nothing stands
+before it. Text is tokenized whole, once; spans become tokens by overlap, so a token that holds the last of the
+header's white space and the first of the answer is trained. Left out: lengths. Nothing is cut here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from .spans import Rendered, find_spans
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
-    """ids int32 [T], mask uint8 [T]; `method` is how the spans were found; `ends`: every trained part closes with an end token."""
+    """ids int32 [T], mask uint8 [T]; `method` is how the spans were found; `ends`: every trained part closes with an
+    end token."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -31,18 +32,21 @@ class Encoded:
 
 
 class Encoder:
-    """A tokenizer ready for batches: its own copy of the Rust tokenizer, without truncation or padding left over in the file."""
+    """A tokenizer ready for batches: its own copy of the Rust tokenizer, without truncation or padding left over in
+    the file."""
 
     def __init__(self, tokenizer: Any, tokenizer_id: str, renderer: Renderer | None, *, train_on: str):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"{tokenizer_id}: has no fast tokenizer (tokenizer.json), which the loss mask needs for character offsets."
+                f"{tokenizer_id}: has no fast tokenizer (tokenizer.json), which the loss mask needs for its offsets."
             )
         if tokenizer.eos_token_id is None:
             raise DataError(
-                f"{tokenizer_id}: has no EOS token, so a tuned model would never stop; set eos_token in tokenizer_config.json."
+                f"{tokenizer_id}: has no EOS token, so a tuned model would never stop; set eos_token in its "
+                f"tokenizer_config.json."
             )
         self.name, self.renderer, self.train_on = tokenizer_id, renderer, train_on
+        self._tokenizer = tokenizer
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.no_truncation()
@@ -55,16 +59,35 @@ class Encoder:
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
         """One result per example, in order."""
-        out: list[Encoded | RowError | None] = [None] * len(examples)
-        for kind, encode in ((Chat, self._chats), (Plain, self._plain)):
-            places = [i for i, example in enumerate(examples) if isinstance(example, kind)]
-            for i, result in zip(places, encode([examples[i] for i in places]), strict=True):
-                out[i] = result
-        return out  # type: ignore[return-value]  # every place was filled: an example is one of the two kinds
+        results: dict[int, Encoded | RowError] = {}
+        chats = {i: e for i, e in enumerate(examples) if isinstance(e, Chat)}
+        plain = {i: e for i, e in enumerate(examples) if isinstance(e, Plain)}
+        results |= zip(chats, self._chats(list(chats.values())), strict=True)
+        results |= zip(plain, self._plain(list(plain.values())), strict=True)
+        return [results[i] for i in range(len(examples))]
+
+    def check_agreement(self, example: Example, encoded: Encoded) -> None:
+        """Our batched way gives the ids that the tokenizer's own front door gives; called once a source."""
+        if isinstance(example, Plain):
+            ids = self._tokenizer(example.prompt + example.completion)["input_ids"]
+            same = encoded.ids[: len(ids)].tolist() == ids
+        else:
+            assert self.renderer is not None  # or there would be no encoded chat
+            ids = self._tokenizer.apply_chat_template(
+                example.messages, tools=example.tools, chat_template=self.renderer.template, return_dict=False
+            )
+            same = encoded.ids.tolist() == ids
+        if not same:
+            raise DataError(
+                f"{self.name}: its tokenizer gives other ids when it is called than its tokenizer.json does, so it "
+                f"changes the text on the way, and a loss mask by characters cannot be right. Use a tokenizer "
+                f"without such a step."
+            )
 
     def _plain(self, examples: Sequence[Plain]) -> list[Encoded | RowError]:
-        """Prompt and completion as one text, EOS after it. The completion begins at the first token that the prompt alone does
-        not have there (TRL's common prefix): `def f` + `oo():` gives `def| foo|():`, and ` foo` is trained."""
+        """Prompt and completion as one text, EOS after it. The completion begins at the first token that the prompt
+        alone does not have there (TRL's common prefix): `def f` + `oo():` gives `def| foo|():`, and ` foo` is
+        trained."""
         wholes = self._fast([e.prompt + e.completion for e in examples])
         prompts = (
             self._fast([e.prompt for e in examples])
@@ -86,8 +109,9 @@ class Encoder:
             return []
         if self.renderer is None:
             raise DataError(
-                f"{self.name} has no chat template, and the data are conversations. Set data.chat_template: a Jinja file, or by name: "
-                f"alpaca (works with any tokenizer) or chatml (if the tokenizer has its tokens); or give text, or prompt and completion as text."
+                f"{self.name} has no chat template, and the data are conversations. Set data.chat_template: a Jinja "
+                f"file, or by name alpaca (any tokenizer) or chatml (one that has its tokens); or give prompt and "
+                f"completion as text."
             )
         if self.train_on == "all":
             texts = self.renderer.render([c.messages for c in chats], [c.tools for c in chats])
@@ -128,7 +152,8 @@ class Encoder:
         return out
 
     def _same(self, content: str, text: str) -> bool:
-        """For tokenizers that change text (Unicode forms, spaces): compare with what the content itself decodes to."""
+        """For tokenizers that change text (Unicode forms, spaces): compare with what the content itself decodes
+        to."""
         alone = self._backend.decode(
             self._backend.encode(content, add_special_tokens=False).ids, skip_special_tokens=False
         )

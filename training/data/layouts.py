@@ -6,8 +6,8 @@
     sharegpt            conversations: [{from, value}], optionally system, tools
     text                text
 
-The layout is recognised once for a source, from the columns of its first row; every later row must have it too. Left out:
-preference pairs and rows that are tokenized already.
+The layout is recognised once for a source, from the columns of its first row; every later row must have it too. Left
+out: preference pairs and rows that are tokenized already.
 """
 
 from __future__ import annotations
@@ -62,8 +62,14 @@ class Chat:
         return [i for i, m in enumerate(self.messages) if i >= self.first_trained and m["role"] == "assistant"]
 
     def keys(self) -> tuple[int, int]:
-        first = self.trained()[0]
-        return _key(self.messages[:first], self.tools), _key(self.messages, self.tools)
+        """64-bit hashes of the prompt (all before the first trained turn) and of the whole."""
+        digest = _hash(self.tools) if self.tools else _hash()
+        first, prompt = self.trained()[0], 0
+        for i, message in enumerate(self.messages):
+            if i == first:
+                prompt = _number(digest)
+            digest.update(_bytes(message))
+        return prompt, _number(digest)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,8 +80,8 @@ class Plain:
     completion: str
 
     def keys(self) -> tuple[int, int]:
-        whole = _key(self.prompt, self.completion)
-        return (_key(self.prompt) if self.prompt else whole), whole
+        whole = _number(_hash(self.prompt, self.completion))
+        return (_number(_hash(self.prompt)) if self.prompt else whole), whole
 
 
 Example = Chat | Plain
@@ -85,16 +91,14 @@ def recognise(columns: Collection[str], wanted: str, *, pretrain: bool, source: 
     """The layout's name. Raises DataError when the columns fit none, or not the one that was named."""
     if pretrain:
         if wanted not in ("auto", "text"):
-            raise DataError(
-                f"{source}: objective pretrain reads plain text, not format {wanted}; use objective: sft or a column text."
-            )
+            raise DataError(f"{source}: objective pretrain reads plain text, not format {wanted}; set objective: sft.")
         wanted = "text"
     found = ", ".join(sorted(columns)) or "none"
     if wanted != "auto":
         if missing := [name for name in REQUIRED[wanted] if name not in columns]:
             raise DataError(
-                f"{source}: format {wanted} needs the column {missing[0]}, found: {found}. Name the file's own column for it, as in "
-                f"columns: {{{missing[0]}: NAME}}."
+                f"{source}: {wanted} needs the column {missing[0]}, found: {found}. Name the file's own column for "
+                f"it with columns: {{{missing[0]}: NAME}}."
             )
         return wanted
     for name, needed in REQUIRED.items():
@@ -102,7 +106,8 @@ def recognise(columns: Collection[str], wanted: str, *, pretrain: bool, source: 
             return name
     if {"chosen", "rejected"} <= set(columns):
         raise DataError(
-            f"{source}: these are preference pairs (columns: {found}); objective sft reads messages or prompt and completion."
+            f"{source}: these are preference pairs (columns: {found}); objective sft reads messages, or prompt and "
+            f"completion: map them with columns: {{completion: chosen}}."
         )
     layouts = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
     raise DataError(
@@ -270,7 +275,17 @@ def _text_part(part: Any, number: int) -> str:
     raise RowError(f"message {number} has a part that is not text")
 
 
-def _key(*values: Any) -> int:
-    """64 bits that identify values up to JSON equality."""
-    text = json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
+def _hash(*values: Any) -> Any:
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        digest.update(_bytes(value))
+    return digest
+
+
+def _bytes(value: Any) -> bytes:
+    """Equal for values that are equal as JSON. Raises UnicodeEncodeError for half a surrogate pair."""
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
+
+
+def _number(digest: Any) -> int:
+    return int.from_bytes(digest.digest(), "little")

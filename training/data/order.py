@@ -1,7 +1,7 @@
 """Which rows make up the global batch of a step, and which of them a rank gets: functions of (seed, step) alone.
 
-Neither depends on the world size, so a run resumed on another number of GPUs goes on with the same batches. Left out: the rows
-themselves (`packing.py`) and their tensors (`collate.py`).
+Neither depends on the world size, so a run resumed on another number of GPUs goes on with the same batches. Left out:
+the rows themselves (`packing.py`) and their tensors (`collate.py`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .packing import permutation
 class Order:
     """An endless stream of per-epoch permutations of `n_rows` rows, cut into global batches.
 
-    Either `epochs` (may be a fraction) or `max_steps` ends it; `max_steps` wins when both are given. Ended by epochs the last
-    batch may be short; ended by steps it never is.
+    Either `epochs` (may be a fraction) or `max_steps` ends it; `max_steps` wins when both are given. Ended by epochs
+    the last batch may be short; ended by steps it never is.
     """
 
     n_rows: int
@@ -66,8 +66,8 @@ def _epoch(n_rows: int, seed: int, epoch: int) -> np.ndarray:
 def share(batch: Sequence[int], rank: int, world: int, micro_batch: int) -> list[tuple[int, ...]]:
     """The micro-batches of one rank: rows dealt in turn, so that all ranks together hold `batch` exactly once.
 
-    Every rank gets the same number of micro-batches, because collectives run in each; where rows run out a micro-batch is
-    empty. `collate([])` makes a row without loss of it. An evaluation batch goes the same way.
+    Every rank gets the same number of micro-batches, because collectives run in each; where rows run out a
+    micro-batch is empty. `collate([])` makes a row without loss of it. An evaluation batch goes the same way.
     """
     if not 0 <= rank < world or micro_batch < 1:
         raise ValueError(f"rank {rank} of {world}, micro-batch {micro_batch}")

@@ -1,7 +1,8 @@
 """Several samples into one row: best fit decreasing, on lengths alone.
 
-Which samples share a row is decided here; that they cannot see each other is the collator's and the model's business. Left out:
-cutting a sample to fill a row. A sample is never split, so the loss of a packed row is the loss of its samples alone.
+Which samples share a row is decided here; that they cannot see each other is the collator's and the model's business.
+Left out: cutting a sample to fill a row. A sample is never split, so the loss of a packed row is the loss of its
+samples alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ Rows = tuple[tuple[int, ...], ...]
 def pack(lengths: Sequence[int] | np.ndarray, max_length: int, seed: int, *, packing: bool = True) -> Rows:
     """Rows of sample indices, each of at most `max_length` tokens; every index stands in exactly one row.
 
-    Best fit decreasing (Johnson 1974): the longest sample first, each into the fullest row that still takes it. The free spaces
-    are the bits of one integer, so the best fit is its lowest set bit at or above the length. The rows come out longest sample
-    first and are therefore shuffled; the result is a function of (lengths, max_length, seed). `packing=False`: one sample a row,
-    in the order given. Raises ValueError for a length outside 1..max_length.
+    Best fit decreasing (Johnson 1974): the longest sample first, each into the fullest row that still takes it. The
+    free spaces are the bits of one integer, so the best fit is its lowest set bit at or above the length. The rows
+    come out longest sample first and are therefore shuffled; the result is a function of (lengths, max_length, seed).
+    `packing=False`: one sample a row, in the order given. Raises ValueError for a length outside 1..max_length.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if sizes.size and not (sizes.min() >= 1 and sizes.max() <= max_length):

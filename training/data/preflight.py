@@ -1,7 +1,8 @@
 """What refuses a data set before any model is loaded: masks, end tokens, BOS, lengths, emptiness.
 
-The faults of single samples are counted while they are tokenized (`note_faults`) and stored with them, so that a cache hit refuses
-exactly what the first run refused. Left out: rows that cannot be read or rendered; those never reach a store.
+The faults of single samples are counted while they are tokenized (`note_faults`) and stored with them, so that a
+cache hit refuses exactly what the first run refused. Left out: rows that cannot be read or rendered; those never
+reach a store.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ def check_store(store: Store, name: str, unit: str, template: str | None, tokeni
     origin = template or "the text"
     eos = tokenizer.eos_token
     sentences = {
-        "nothing_trained": f"no token of theirs carries loss under {origin}. Check the assistant turns, or the {{% generation %}} marks.",
-        "all_trained": f"every token carries loss, the prompt too, under {origin}. Mark only the assistant's part, or ask for it with data.train_on: all.",
-        "no_end": f"the assistant's part is not closed by an end token under {origin}, so the model would never learn to stop. The template "
-        f"must write {eos} (eos_token) or another special token after every assistant turn.",
+        "nothing_trained": f"no token of theirs carries loss under {origin}. Look at its {{% generation %}} marks.",
+        "all_trained": f"every token carries loss under {origin}, the prompt too. Let it mark the assistant's part "
+        f"alone, or ask for this with data.train_on: all.",
+        "no_end": f"no end token closes the assistant's part under {origin}, so the model would never learn to stop. "
+        f"The template must write {eos} (eos_token) or another special token after every assistant turn.",
         "double_bos": f"they begin with {tokenizer.bos_token} twice. "
         + ("Take it out of the template." if template else "Take it out of the text: the tokenizer adds its own."),
     }
@@ -67,20 +69,20 @@ def check_truncation(
     if share <= limit:
         return
     enough = int(np.sort(lengths)[max(0, int(np.ceil(round((1 - limit) * len(lengths), 6))) - 1)])
+    accept = min(1.0, np.ceil(share * 100) / 100)
     if model_max_length is None or enough <= model_max_length:
-        advice = f"data.max_length: {enough} would do (the longest has {int(lengths.max())})"
+        advice = f"Set data.max_length: {enough} (the longest sample has {int(lengths.max())})"
     else:
-        advice = (
-            f"that takes max_length {enough}, and the model's positions end at {model_max_length}: split the long rows"
-        )
+        advice = f"{enough} would do, but the model has {model_max_length} positions: split the long rows"
     raise DataError(
-        f"{what}: {share:.1%} of the samples are longer than data.max_length {max_length} and would lose their end (limit: "
-        f"data.max_truncated {limit:.1%}); {advice}, or accept the loss with data.max_truncated: {np.ceil(share * 100) / 100:g}."
+        f"{what}: {share:.1%} of the samples are longer than data.max_length {max_length} and would lose their end; "
+        f"data.max_truncated allows {limit:.1%}. {advice}, or accept it with data.max_truncated: {accept:g}."
     )
 
 
 def check_positions(max_length: int, model_max_length: int | None, tokenizer_id: str) -> None:
     if model_max_length is not None and max_length > model_max_length:
         raise DataError(
-            f"data.max_length {max_length} is more than the {model_max_length} positions of {tokenizer_id}; set data.max_length: {model_max_length} or less."
+            f"data.max_length {max_length} is more than the {model_max_length} positions of {tokenizer_id}; "
+            f"set data.max_length: {model_max_length} or less."
         )

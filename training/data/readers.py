@@ -1,8 +1,8 @@
 """Rows of JSON, JSON lines, CSV and Parquet files, each with the number a user finds it under.
 
-JSON and CSV are read with the standard library because no faster reader says on which line a row begins. A row that cannot be
-read is yielded as a RowError and reading goes on, so that all of them can be counted; only a file that is not what its name says
-raises.
+JSON and CSV are read with the standard library because no faster reader says on which line a row begins. A row that
+cannot be read is yielded as a RowError and reading goes on, so that all of them can be counted; only a file that is
+not what its name says raises.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which chat template is used, and rendering with it through the tokenizer itself.
 
-Rendering is transformers' own (`apply_chat_template`), so that what is trained is what an inference server will send. Left out:
-where the assistant's turns lie in the text (`spans.py`).
+Rendering is transformers' own (`apply_chat_template`), so that what is trained is what an inference server will send.
+Left out: where the assistant's turns lie in the text (`spans.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Renderer:
     def render(
         self, turns: Sequence[list[Message]], tools: Sequence[list[Any] | None], *, prompt: bool = False
     ) -> list[str | RowError]:
-        """Texts of conversations; `prompt` adds what asks the model to answer. A template that refuses gives a RowError."""
+        """Texts of conversations; `prompt` adds what asks the model to answer. A template that refuses gives a
+        RowError."""
+        if not turns:
+            return []
         if not any(tools):
             try:  # one call for all of them; only if one is refused, one by one
                 return self._apply(list(turns), None, prompt)
@@ -49,33 +52,26 @@ class Renderer:
         """Text and the character spans of its `{% generation %}` blocks. Raises what the template raises."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
+        rendered: Any = render_jinja_template(  # annotated as str, and a pair
             conversations=[chat.messages],
             tools=chat.tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
             **self.tokenizer.special_tokens_map,
         )
-        return texts[0], [(start, stop) for start, stop in spans[0]]
+        return rendered[0][0], [(start, stop) for start, stop in rendered[1][0]]
 
     def refusal(self, chat: Chat, error: Exception) -> RowError:
         """Names the first turn at which the template refuses with this error, if one can be singled out."""
-        reason = (str(error).strip().splitlines() or [""])[0]
-        text = (
-            f"{self.origin} fails: {type(error).__name__}: {reason}"
-            if reason
-            else f"{self.origin} fails: {type(error).__name__}"
-        )
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
         for count in range(1, len(chat.messages) + 1):
             try:
                 self._apply([chat.messages[:count]], chat.tools, False)
             except Exception as again:  # see render
                 if str(again) == str(error):
                     role = chat.messages[count - 1]["role"]
-                    return RowError(
-                        f"{self.origin} fails on role '{role}' (message {count}): {reason or type(error).__name__}"
-                    )
-        return RowError(text)
+                    return RowError(f"{self.origin} fails on role '{role}' (message {count}): {reason}")
+        return RowError(f"{self.origin} fails: {reason}")
 
     def _one(self, messages: list[Message], tools: list[Any] | None, prompt: bool) -> str | RowError:
         try:
@@ -97,7 +93,8 @@ class Renderer:
 
 
 def find_template(choice: str | None, tokenizer: Any, tokenizer_id: str) -> Renderer | None:
-    """The Renderer for `data.chat_template`, or None when nothing was chosen and the tokenizer has none. Raises DataError."""
+    """The Renderer for `data.chat_template`, or None when nothing was chosen and the tokenizer has none. Raises
+    DataError."""
     own = tokenizer.chat_template
     own = own if isinstance(own, dict) else {"default": own} if own else {}
     if choice is None:
@@ -116,8 +113,8 @@ def find_template(choice: str | None, tokenizer: Any, tokenizer_id: str) -> Rend
     if choice in NAMED:
         if missing := [token for token in NAMED[choice] if token not in tokenizer.get_vocab()]:
             raise DataError(
-                f"data.chat_template: {choice} writes {missing[0]}, which is no token of {tokenizer_id}; the model would spell it out "
-                f"in pieces. Use chat_template: alpaca, which ends turns with the tokenizer's own EOS, or a Jinja file."
+                f"data.chat_template: {choice} writes {missing[0]}, which is no token of {tokenizer_id}: the model "
+                f"would see it in pieces. Use alpaca, which ends turns with the tokenizer's own EOS, or a Jinja file."
             )
         text = (Path(__file__).parent / "templates" / f"{choice}.jinja").read_text(encoding="utf-8")
         return Renderer(tokenizer=tokenizer, template=text, origin=f"the template {choice}")
@@ -126,6 +123,6 @@ def find_template(choice: str | None, tokenizer: Any, tokenizer_id: str) -> Rend
             tokenizer=tokenizer, template=own[choice], origin=f"the chat template '{choice}' of {tokenizer_id}"
         )
     raise DataError(
-        f"data.chat_template: {choice!r} is neither a file nor a template we have{did_you_mean(choice, [*NAMED, *own])} "
-        f"(by name: {', '.join([*NAMED, *own])})."
+        f"data.chat_template: {choice!r} is neither a file nor the name of a template"
+        f"{did_you_mean(choice, [*NAMED, *own]) or '; ' + ', '.join([*NAMED, *own])}"
     )

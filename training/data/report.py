@@ -16,8 +16,8 @@ _SHOWN = ("min", "median", "mean", "p95", "max")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """One source as it was read. `spans` counts samples by how their trained part was found: generation, incremental, sentinel
-    (chats), prefix (prompt and completion as text), whole (all of it)."""
+    """One source as it was read. `spans` counts samples by how their trained part was found: generation, incremental,
+    sentinel (chats), prefix (prompt and completion as text), whole (all of it)."""
 
     path: str
     used_for: str
@@ -33,9 +33,10 @@ class SourceReport:
 class SetReport:
     """The training set or the held-out set, as it is trained: after split, weights and the cut at max_length.
 
-    `truncated` samples lost their right end, `no_loss_left` were dropped because nothing trained remained, `split` documents
-    became several samples (objective pretrain). `packing_efficiency` is tokens over rows x max_length. `lengths` are tokens per
-    sample; `histogram` is (upper limit in tokens, samples up to it and above the one before).
+    `truncated` samples lost their right end, `no_loss_left` were dropped because nothing trained remained, `split`
+    documents became several samples (objective pretrain). `packing_efficiency` is tokens over rows x max_length.
+    `lengths` are tokens per sample; `histogram` is (upper limit in tokens, samples up to it and above the one
+    before).
     """
 
     samples: int
@@ -53,8 +54,8 @@ class SetReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """`leaked` training samples stood in the held-out set too and were removed; `shared_prompts` of those that stayed share only
-    their prompt with it. `cached`: nothing had to be tokenized."""
+    """`leaked` training samples stood in the held-out set too and were removed; `shared_prompts` of those that stayed
+    share only their prompt with it. `cached`: nothing had to be tokenized."""
 
     sources: tuple[SourceReport, ...]
     template: str | None
@@ -113,7 +114,8 @@ def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
 
 
 def _line(name: str, part: SetReport, packing: bool) -> str:
-    text = f"{name}: {part.samples:,} samples, {part.tokens:,} tokens, {part.trained_tokens / part.tokens:.0%} of them trained"
+    share = part.trained_tokens / part.tokens
+    text = f"{name}: {part.samples:,} samples, {part.tokens:,} tokens, {share:.0%} of them trained"
     if packing:
         text += f"; {part.rows:,} packed rows, {part.packing_efficiency:.1%} full"
     for count, what in (

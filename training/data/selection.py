@@ -1,7 +1,8 @@
 """Which samples train and which are held out: split, leaks, weights, and the cut at `max_length`.
 
-All of it is arithmetic on the records of stores that are tokenized already, so another seed, weight, split or length costs no
-tokenizing. Everything is a function of (samples, seed). Left out: near-duplicates; only equal prompts and equal samples are seen.
+All of it is arithmetic on the records of stores that are tokenized already, so another seed, weight, split or length
+costs no tokenizing. Everything is a function of (samples, seed). Left out: near-duplicates; only equal prompts and
+equal samples are seen.
 """
 
 from __future__ import annotations
@@ -38,31 +39,39 @@ def field(samples: TokenSet, name: str) -> np.ndarray:
 
 
 def hold_out(samples: TokenSet, share: float, seed: int) -> tuple[TokenSet, TokenSet]:
-    """(train, eval): about `share` of the samples, at least one, chosen by a hash of prompt and seed; equal prompts stay on one side.
+    """(train, eval): about `share` of the samples, at least one, chosen by a hash of prompt and seed; equal prompts
+    stay on one side.
 
-    Groups of equal prompts are taken in the order of their hash for as long as they fit, so that adding rows moves few others.
-    Raises DataError when the prompts leave nothing to split.
+    Groups of equal prompts are taken in the order of their hash as long as they fit, so that adding rows moves few
+    others; if none fits, the first of the smallest. Raises DataError when that would be more than half.
     """
     prompts = field(samples, "prompt")
     unique, group, size = np.unique(prompts, return_inverse=True, return_counts=True)
     wanted = max(1, round(share * len(samples)))
+    drawn = np.argsort(mix(unique, seed), kind="stable")
     taken = np.zeros(len(unique), bool)
     count = 0
-    for g in np.argsort(mix(unique, seed), kind="stable"):
-        if count < wanted and count + size[g] <= max(wanted, 1) and count + size[g] < len(samples):
+    for g in drawn:
+        if count + size[g] <= wanted and count + size[g] < len(samples):
             taken[g] = True
             count += size[g]
+            if count == wanted:
+                break
     if count == 0:
-        raise DataError(
-            f"data.eval: {share:g} of {len(samples)} samples cannot be held out: equal prompts stay on one side, and there are only "
-            f"{len(unique)} different ones. Set data.eval to a file of its own, to a larger share, or to 0."
-        )
+        smallest = drawn[np.argmin(size[drawn])]
+        if 2 * size[smallest] > len(samples):
+            raise DataError(
+                f"data.eval: {share:g} of {len(samples)} samples cannot be held out: equal prompts stay on one side, "
+                f"and there is only {len(unique)} of them. Set data.eval to a file of its own, or to 0."
+            )
+        taken[smallest] = True
     held = taken[group]
     return samples.select(np.flatnonzero(~held)), samples.select(np.flatnonzero(held))
 
 
 def remove_leaks(train: TokenSet, evaluation: TokenSet) -> tuple[TokenSet, int, int]:
-    """(train without the samples that stand in eval too, how many were removed, how many of the rest share a prompt with eval)."""
+    """(train without the samples that stand in eval too, how many were removed, how many of the rest share a prompt
+    with eval)."""
     same = np.isin(field(train, "whole"), field(evaluation, "whole"))
     rest = train.select(np.flatnonzero(~same))
     shared = np.isin(field(rest, "prompt"), field(evaluation, "prompt"))
@@ -70,7 +79,8 @@ def remove_leaks(train: TokenSet, evaluation: TokenSet) -> tuple[TokenSet, int, 
 
 
 def weigh(samples: TokenSet, weights: Sequence[float], seed: int) -> TokenSet:
-    """Each source `weights[k]` times: whole copies, and for the fraction a random part that depends on (seed, sample) alone."""
+    """Each source `weights[k]` times: whole copies, and for the fraction a random part that depends on (seed, sample)
+    alone."""
     if all(weight == 1 for weight in weights):
         return samples
     draw = mix(field(samples, "whole") ^ field(samples, "row").astype(np.uint64), seed)
@@ -84,7 +94,8 @@ def weigh(samples: TokenSet, weights: Sequence[float], seed: int) -> TokenSet:
 
 
 def cut(samples: TokenSet, max_length: int) -> tuple[TokenSet, int, int]:
-    """(samples of at most max_length tokens, how many were cut on the right, how many dropped as nothing trained was left)."""
+    """(samples of at most max_length tokens, how many were cut on the right, how many dropped as nothing trained was
+    left)."""
     long = samples.lengths > max_length
     short = TokenSet(
         stores=samples.stores,
@@ -99,8 +110,9 @@ def cut(samples: TokenSet, max_length: int) -> tuple[TokenSet, int, int]:
 
 
 def split_documents(samples: TokenSet, max_length: int) -> tuple[TokenSet, int]:
-    """(pieces of at most max_length tokens, how many documents were cut into several). Nothing is lost: a piece begins with the
-    last token of the one before it, so that every token but a document's first is predicted exactly once."""
+    """(pieces of at most max_length tokens, how many documents were cut into several). Nothing is lost: a piece
+    begins with the last token of the one before it, so that every token but a document's first is predicted exactly
+    once."""
     lengths, step = samples.lengths, max_length - 1
     pieces = np.maximum(1, -(-(lengths - 1) // step))
     owner = np.repeat(np.arange(len(samples)), pieces)
@@ -117,7 +129,8 @@ def split_documents(samples: TokenSet, max_length: int) -> tuple[TokenSet, int]:
 
 
 def mix(keys: np.ndarray, seed: int) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of uint64 keys and a seed: uniform, the same on every machine."""
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of uint64 keys and a seed: uniform, the same on every
+    machine."""
     with np.errstate(over="ignore"):
         z = keys.astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -2,12 +2,13 @@
 
 Three ways, tried in this order, and a row for which none holds is refused; nothing ever falls back to "everything":
   generation    the template's own `{% generation %}` blocks
-  incremental   turn k is what lies between the rendering of turns 0..k-1 with the generation prompt and that of turns 0..k;
+  incremental   turn k is what lies between the rendering of turns 0..k-1 with the generation prompt and that of turns
+  0..k;
                 both must be prefixes of the whole, and the part between must begin with the turn's content
   sentinel      every content replaced by a unique word; the skeleton with the real contents put back (as they are, or
                 stripped) must equal the real rendering
-A span ends with the end token: the first special token after the content. Template text after it (the newline of ChatML) is not
-something the model has to produce, so it is left out.
+A span ends with the end token: the first special token after the content. Template text after it (the newline of
+ChatML) is not something the model has to produce, so it is left out.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def find_spans(chats: Sequence[Chat], renderer: Renderer, specials: tuple[str, .
     places = [(i, k) for i, chat in enumerate(chats) if isinstance(whole[i], str) for k in chat.trained()]
     tools = [chats[i].tools for i, _ in places]
     before = renderer.render([chats[i].messages[:k] for i, k in places], tools, prompt=True)
-    upto = renderer.render([chats[i].messages[: k + 1] for i, k in places], tools)
+    inner = [(i, k) for i, k in places if k + 1 < len(chats[i].messages)]
+    parts = renderer.render([chats[i].messages[: k + 1] for i, k in inner], [chats[i].tools for i, _ in inner])
+    upto = dict(zip(inner, parts, strict=True))
     found: dict[int, list[tuple[int, int]] | None] = {}
-    for (i, k), start, stop in zip(places, before, upto, strict=True):
-        span = _between(whole[i], start, stop, chats[i].messages[k], specials)
+    for (i, k), start in zip(places, before, strict=True):
+        span = _between(whole[i], start, upto.get((i, k), whole[i]), chats[i].messages[k], specials)
         spans = found.setdefault(i, [])
         found[i] = None if span is None or spans is None else [*spans, span]
     out: list[Rendered | RowError] = []
@@ -74,7 +77,8 @@ def _between(
 
 
 def _end(text: str, start: int, stop: int, specials: tuple[str, ...]) -> int:
-    """Where the end token of text[start:stop] ends: the first of the run of special tokens at its end. None: where the text does."""
+    """Where the end token of text[start:stop] ends: the first of the run of special tokens at its end. None: where
+    the text does."""
     stop = start + len(text[start:stop].rstrip())
     end = stop
     while text.endswith(specials, start, stop):
@@ -123,8 +127,9 @@ def _by_sentinel(chat: Chat, text: str, renderer: Renderer, specials: tuple[str,
         if ok and at == len(text) and len(spans) == len(trained):
             return Rendered(text=text, spans=spans, method="sentinel")
     return RowError(
-        f"cannot tell where the assistant's turns lie under {renderer.origin}: it changes earlier turns or their contents. Mark them "
-        f"with {{% generation %}} in a Jinja file and name it in data.chat_template, or set data.train_on: all"
+        f"cannot tell where the assistant's turns lie under {renderer.origin}: it changes earlier turns or their "
+        f"contents. Mark them with {{% generation %}} in a Jinja file named in data.chat_template, or set "
+        f"data.train_on: all"
     )
 
 

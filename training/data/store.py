@@ -2,11 +2,12 @@
 
     KEY/ids.bin      int32, all samples one after another, nothing cut
     KEY/mask.bin     uint8, the same length
-    KEY/samples.npy  one record a sample (`SAMPLE`)
+    KEY/samples.bin  one record a sample (`SAMPLE`)
     KEY/meta.json    what was recognised and counted; written last
 
-A lock file keeps a second process from doing the same work; where the file system knows no locks the work is done twice and one
-result stays, because the rename is what makes it right. Left out: what goes into the key (`prepare.py`).
+A lock file keeps a second process from doing the same work; where the file system knows no locks the work is done
+twice and one result stays, because the rename is what makes it right. Left out: what goes into the key
+(`prepare.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,28 +52,24 @@ class Writer:
     def __init__(self, folder: Path):
         self._ids: IO[bytes] = (folder / "ids.bin").open("wb")
         self._mask: IO[bytes] = (folder / "mask.bin").open("wb")
-        self._samples: list[tuple[int, int, int, int, int, int]] = []
-        self._offset = 0
+        self._samples: IO[bytes] = (folder / "samples.bin").open("wb")
+        self.samples = self.tokens = 0
 
     def add(self, ids: np.ndarray, mask: np.ndarray, *, row: int, keys: tuple[int, int]) -> None:
         self._ids.write(ids.astype("<i4", copy=False).tobytes())
         self._mask.write(mask.tobytes())
-        self._samples.append((self._offset, len(ids), int(mask.sum()), row, *keys))
-        self._offset += len(ids)
+        self._samples.write(np.array((self.tokens, len(ids), int(mask.sum()), row, *keys), dtype=SAMPLE).tobytes())
+        self.samples += 1
+        self.tokens += len(ids)
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def finish(self, folder: Path) -> None:
-        for file in (self._ids, self._mask):
-            _sync(file)
-        with (folder / "samples.npy").open("wb") as file:
-            np.save(file, np.array(self._samples, dtype=SAMPLE))
+    def finish(self) -> None:
+        for file in (self._ids, self._mask, self._samples):
             _sync(file)
 
     def close(self) -> None:
-        self._ids.close()
-        self._mask.close()
+        for file in (self._ids, self._mask, self._samples):
+            with contextlib.suppress(OSError):  # on a full disk closing flushes and fails again
+                file.close()
 
 
 def open_store(cache: Path, key: str) -> Store | None:
@@ -79,19 +77,19 @@ def open_store(cache: Path, key: str) -> Store | None:
     folder = cache / key
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        samples = np.load(folder / "samples.npy", mmap_mode="r")
+        samples = np.memmap(folder / "samples.bin", dtype=SAMPLE, mode="r")
         ids = np.memmap(folder / "ids.bin", dtype="<i4", mode="r")
         mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r")
     except (OSError, ValueError):
         return None
-    if not len(samples) == meta["samples"] or not len(ids) == len(mask) == meta["tokens"]:
+    if len(samples) != meta["samples"] or not len(ids) == len(mask) == meta["tokens"]:
         return None
     return Store(key=key, ids=ids, mask=mask, samples=samples, meta=meta)
 
 
 def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> Store:
-    """Opens the entry, or makes it: `fill` adds the samples and returns what meta.json is to hold. What fill raises goes through,
-    and nothing stays behind."""
+    """Opens the entry, or makes it: `fill` adds the samples and returns what meta.json is to hold. What fill raises
+    goes through, and nothing stays behind."""
     if store := open_store(cache, key):
         return store
     try:
@@ -99,11 +97,13 @@ def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]])
         with _locked(cache / f"{key}.lock"):
             if store := open_store(cache, key):  # another process made it while we waited
                 return store
+            _remove_abandoned(cache)
             _make(cache, key, fill)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"{cache}: no space left for the tokenized data (about 1.2 bytes per byte of text); free some or move the cache."
+                f"{cache}: no space left for the tokenized data, which takes 5 bytes a token, about as much as the "
+                f"text. Free some, or put the cache elsewhere."
             ) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DataError(f"{cache}: the data cache cannot be written: {error.strerror}.") from None
@@ -119,16 +119,14 @@ def _make(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> No
     writer = Writer(beside)
     try:
         meta = fill(writer)
-        writer.finish(beside)
-        writer.close()
-        meta |= {"samples": len(writer), "tokens": (beside / "mask.bin").stat().st_size}
+        writer.finish()
+        meta |= {"samples": writer.samples, "tokens": writer.tokens}
         with (beside / "meta.json").open("w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
             _sync(file)
         _into_place(beside, cache / key)
     finally:
-        with contextlib.suppress(OSError):  # on a full disk closing flushes and fails again
-            writer.close()
+        writer.close()
         shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -145,6 +143,14 @@ def _into_place(beside: Path, target: Path) -> None:
                 return
             shutil.rmtree(target, ignore_errors=True)
     raise OSError(errno.EEXIST, "an entry of the data cache cannot be replaced", str(target))
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Folders of processes that were killed while writing; a day is longer than any of them takes."""
+    for folder in cache.glob("*.tmp-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 86_400:
+                shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

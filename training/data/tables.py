@@ -1,7 +1,7 @@
 """A source of the configuration into numbered rows: which reader a path needs, and what identifies its content.
 
-The readers of single formats are in `readers.py`; what the columns of a row mean is `layouts.py`'s business. Left out: globs and
-compressed files.
+The readers of single formats are in `readers.py`; what the columns of a row mean is `layouts.py`'s business. Left
+out: globs and compressed files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ Numbered = tuple[int, dict[str, Any] | RowError]
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows of one source. `rows()` starts anew on each call; a row that cannot be read comes as a RowError in its place."""
+    """Rows of one source. `rows()` starts anew on each call; a row that cannot be read comes as a RowError in its
+    place."""
 
     name: str
     unit: Literal["line", "row"]
@@ -64,7 +65,8 @@ def open_table(source: Source) -> Table:
 
 
 def _saved(path: Path, source: Source) -> Table:
-    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; `datasets` is imported when rows are read."""
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`; `datasets` is imported when rows are
+    read."""
     folder, part = path, ""
     if (path / "dataset_dict.json").is_file():
         splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8")).get("splits", [])
@@ -73,7 +75,8 @@ def _saved(path: Path, source: Source) -> Table:
         folder, part = path / source.split, source.split
     if not (folder / "state.json").is_file():
         raise DataError(
-            f"{source.path}: a folder, but not one saved by datasets (no state.json or dataset_dict.json in it); name the data file itself."
+            f"{source.path}: a folder, but not one saved by datasets (it has no state.json or dataset_dict.json); "
+            f"name the data file itself."
         )
     files = tuple(sorted(p for p in folder.iterdir() if p.suffix in (".arrow", ".json")))
 
@@ -104,8 +107,8 @@ def _hub(source: Source) -> Table:
     except Exception as error:  # ConnectionError, DatasetNotFoundError, ValueError for a subset or split, OSError, …
         raise DataError(
             f"{source.path}: no file or folder of that name here, and it could not be loaded from the Hub "
-            f"({type(error).__name__}: {_first_line(error)}). Give the path of a file, or on a machine with a network run "
-            f"`hf download --repo-type dataset {source.path}` and point data.train at the files."
+            f"({type(error).__name__}: {_first_line(error)}). Give the path of a file; on a machine with a network, "
+            f"`hf download --repo-type dataset {source.path}` fetches the files."
         ) from error
     files = tuple(Path(entry["filename"]) for entry in table.cache_files)
     part = f"hub/{source.subset or ''}/{source.split}"
@@ -123,7 +126,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _file_digest(path: Path, memo: Path) -> str:
-    """BLAKE2 of a file's bytes, remembered under its (path, size, mtime, inode) so that a second run need not read it again.
+    """BLAKE2 of a file's bytes, remembered under its (path, size, mtime, inode) so that a second run need not read it
+    again.
 
     A file changed within the last two seconds is not remembered: a later write could leave the same time stamp.
     """

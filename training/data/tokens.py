@@ -15,7 +15,8 @@ from .store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
-    """Sample i is stores[source[i]] from start[i] to stop[i], in tokens. `index` is its record in that store's samples."""
+    """Sample i is stores[source[i]] from start[i] to stop[i], in tokens. `index` is its record in that store's
+    samples."""
 
     stores: tuple[Store, ...]
     source: np.ndarray  # int32 [N]
@@ -32,7 +33,8 @@ class TokenSet:
         return self.stop - self.start
 
     def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32 [T], mask uint8 [T]); mask[t]: token t carries loss. mask[0] is always 0. ids is a read-only view."""
+        """(ids int32 [T], mask uint8 [T]); mask[t]: token t carries loss. mask[0] is always 0. ids is a read-only
+        view."""
         store, window = self.stores[self.source[i]], slice(self.start[i], self.stop[i])
         mask = np.array(store.mask[window])
         mask[0] = 0
@@ -43,7 +45,8 @@ class TokenSet:
         return [self.sample(i) for i in indices]
 
     def prompt(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt ids, reference ids): everything before the last trained span, and that span, for generating side by side.
+        """(prompt ids, reference ids): everything before the last trained span, and that span, for generating side by
+        side.
 
         A sample without a prompt (plain text, train_on: all) is cut in the middle.
         """
