@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.debug:
             raise
         if isinstance(error, NothingFits) and getattr(options, "json", False):
-            _print_json(error.plan.public())  # type: ignore[union-attr]
+            _print_json(error.plan.public())
         print(f"trebuchet: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class TrebuchetError(Exception):
@@ -65,7 +66,7 @@ class NothingFits(TrebuchetError):
 
     exit_code = 3
 
-    def __init__(self, message: str, plan: object | None = None):
+    def __init__(self, message: str, plan: Any = None):
         self.plan = plan
         super().__init__(message)
 

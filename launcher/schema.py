@@ -71,7 +71,7 @@ class Objective(Section):
 
 class Lora(Section):
     r: int = Field(16, ge=1, le=1024, description="rank")
-    alpha: float = Field(32, gt=0, description="scaling is alpha / r")
+    alpha: int = Field(32, ge=1, description="scaling is alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="all-linear, or names of linear modules")
 

@@ -23,7 +23,7 @@ ATTENTION = {"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash_atten
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    model: torch.nn.Module
+    model: Any  # torch.nn.Module; attributes of a Module are typed Tensor | Module, which helps nobody
     kernels: KernelReport | None
     trainable: int
     total: int
@@ -55,7 +55,7 @@ def prepare(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen
     return Prepared(model=net, kernels=report, trainable=trainable, total=sum(p.numel() for p in net.parameters()))
 
 
-def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device) -> torch.nn.Module:
+def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": storage_dtype(chosen), "attn_implementation": ATTENTION[chosen.attention]}
@@ -67,7 +67,7 @@ def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, 
             bnb_4bit_compute_dtype=compute_dtype(chosen.precision),
         )
         options["device_map"] = {"": device}
-    net = AutoModelForCausalLM.from_pretrained(
+    net: Any = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=model.trust_remote_code, **options
     )
     if chosen.method == "qlora":
@@ -76,7 +76,7 @@ def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, 
     return net.to(device)
 
 
-def _keep_training_layout(net: torch.nn.Module) -> None:
+def _keep_training_layout(net: Any) -> None:
     """bitsandbytes on CPUs with AVX512-BF16 repacks a 4-bit weight for inference at the first forward in eval mode, and training
     afterwards is silently wrong (bitsandbytes 0.50.2: adapter gradients off by 0.13 of 0.14, measured). This switches it off."""
     for module in net.modules():
@@ -84,7 +84,7 @@ def _keep_training_layout(net: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _adapt(net: torch.nn.Module, strategy: StrategyChoice) -> torch.nn.Module:
+def _adapt(net: Any, strategy: StrategyChoice) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = strategy.lora
@@ -97,7 +97,7 @@ def _adapt(net: torch.nn.Module, strategy: StrategyChoice) -> torch.nn.Module:
     return get_peft_model(net, config)  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
 
 
-def _patch(net: torch.nn.Module, strategy: StrategyChoice) -> KernelReport | None:
+def _patch(net: Any, strategy: StrategyChoice) -> KernelReport | None:
     if strategy.kernels == "off":
         return None
     from ..kernels.patch import patch
@@ -105,11 +105,11 @@ def _patch(net: torch.nn.Module, strategy: StrategyChoice) -> KernelReport | Non
     return patch(net)
 
 
-def _checkpoint_activations(net: torch.nn.Module, chosen: Chosen) -> None:
+def _checkpoint_activations(net: Any, chosen: Chosen) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if chosen.checkpointing == "selective":
         options["context_fn"] = _selective_contexts
-    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def _selective_contexts() -> Any:

@@ -88,7 +88,7 @@ def answers(
                 eos_token_id=sorted(end_ids(tokenizer, model)),
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
-            texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
+            texts.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
     return texts
 
 

@@ -178,7 +178,7 @@ class Session:
         """Evaluation into the record and onto the screen, then the folder that users load."""
         if after is not None and loop.held_out is not None:
             prompts = loop.held_out.prompts(self.config.evaluation.generations)
-            decode = lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True).strip()  # noqa: E731
+            decode = lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
             samples = [{"prompt": decode(p), "reference": decode(r)} for p, r in prompts]
             for i, sample in enumerate(samples):
                 sample["base"] = before["answers"][i] if before else ""

