@@ -5,8 +5,9 @@ of the other operand is wanted, so a frozen linear layer keeps nothing and an ad
 input. The counts below were checked against a tracker of live storages over real transformers and PEFT blocks
 (one block, backward included) and reproduce the published slopes in bytes per token to within 0.1 %.
 
-Symbols: T tokens of one forward pass, h hidden, f MLP width, q = heads x head_dim, kv = kv_heads x head_dim, V vocabulary,
-L layers, e bytes of a hidden-state element (2, or 4 in fp32 and after k-bit preparation, which holds them in fp32).
+Symbols: T tokens of one forward pass, h hidden, f MLP width, q = heads x head_dim, kv = kv_heads x head_dim, V
+vocabulary, L layers, e bytes of a hidden-state element (2, or 4 in fp32 and after k-bit preparation, which holds them
+in fp32).
 
 One block in backward, gated MLP, no fused SwiGLU; the peak is where the product silu(gate) x up is differentiated:
 
@@ -85,7 +86,7 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     down_copies = _adapter_copies(r, ("down",))
     mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + down_copies)
     mlp += _adapter_copies(r, ("gate", "up")) + _stack_copies(r)
-    transient = 1 if _fused_swiglu(r) and r.kernels != "trebuchet" else 3
+    transient = _product_transient(r)
     share = k / m.experts
     ends = 2 * h * e
     if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
@@ -94,7 +95,9 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     during_product = attention + mlp - share * (product + down_copies) + share * transient * f * e
     dropped = f * e if down_copies else 0
     during_down = attention + mlp + share * (f * e + dropped)
-    during_attention = attention + (3 * m.num_heads + m.num_kv_heads) * m.head_dim * e
+    during_attention = attention + (m.num_heads if r.attention == "eager" else 2 * m.num_heads) * m.head_dim * e
+    if r.attention == "eager":  # output, expanded values and o's adapter input are gone when the softmax is reached
+        during_attention -= 2 * m.num_heads * m.head_dim * e + _adapter_copies(r, ("o",))
     kept = (attention + mlp) * t + scores_kept
     peak = max(
         (max(during_product, during_down) + ends) * t + scores_kept,
@@ -107,15 +110,15 @@ def _attention(r: MemoryRequest) -> tuple[float, float, float]:
     """(bytes a token, bytes of the scores kept, bytes of the scores at the softmax's backward)."""
     m, e = r.model, hidden_width(r)
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    if r.attention != "flash":
+    litgpt = r.kernels == "chunked-ce"
+    packed = 2 * q * e if litgpt and kv == q else 0  # its v is a view of the packed projection, which keeps q and k
+    if r.attention != "flash" and not litgpt:
         kv = q  # transformers repeats keys and values for sdpa and eager attention
-    per_token = (2 * q + 2 * kv) * e + _adapter_copies(r, ("q", "k", "v", "o"))
-    if r.kernels == "chunked-ce":
-        per_token += (q + m.num_kv_heads * m.head_dim) * e  # packed projection: the view of v keeps q and k alive
+    per_token = (2 * q + 2 * kv) * e + packed + _adapter_copies(r, ("q", "k", "v", "o"))
     if r.attention != "eager":
         return per_token + 4 * m.num_heads, 0.0, 0.0
     scores = float(r.rows * m.num_heads * r.seq_len**2)
-    kept, peak = (4, 16) if e == 4 else (6, 14)
+    kept, peak = (4, C["eager_score_bytes_fp32"]) if e == 4 else (6, C["eager_score_bytes_16bit"])
     mask = e * r.rows * r.seq_len**2
     return per_token, kept * scores + mask, peak * scores + mask
 
@@ -124,10 +127,8 @@ def _norms(r: MemoryRequest) -> float:
     """Bytes a token that the two norms of a block keep, and what their trainable readers keep."""
     h, e = r.model.hidden_size, hidden_width(r)
     first = 0 if r.checkpointing != "none" else 1  # the block's input is the boundary tensor already
-    if r.kernels in FUSED_NORMS or e == 4:
-        total = (1 + first) * h * e
-    else:
-        total = 2 * 4 * h
+    lean = r.kernels in FUSED_NORMS or e == 4  # keeps inputs only: the second's, the first's where no boundary does
+    total = (1 + first) * h * e if lean else 2 * 4 * h
     if not r.adapters:
         total += 2 * h * e * (1 if r.kernels in FUSED_NORMS else 2)
     return total
@@ -137,6 +138,8 @@ def _keeps_input(r: MemoryRequest, target: str) -> bool:
     """Whether a projection keeps the tensor it reads itself (not a copy)."""
     if not r.adapters or (r.kernels == "chunked-ce" and target == "down"):
         return True
+    if r.kernels == "trebuchet" and target == "down":
+        return False  # formed again in backward
     return target in (r.lora_targets or ()) and not _copies_input(r)
 
 
@@ -162,6 +165,8 @@ def _adapter_copies(r: MemoryRequest, targets: tuple[str, ...]) -> float:
     wide = r.precision == "fp16" or (r.precision == "fp16-mixed" and hidden_width(r) == 4)
     copy = 4 if wide or r.precision == "fp32" else 2
     mask = 1 if r.lora_dropout is None or r.lora_dropout > 0 else 0
+    if r.kernels == "chunked-ce" and "q" in chosen:  # LitGPT: one dropped copy for the packed q, k, v
+        chosen = [t for t in chosen if t not in ("k", "v")]
     total = float(sum(shapes[t][0] for t in chosen) * (copy + mask))
     if r.method == "qlora" and r.kernels in ("ce", "fused") and "o" in chosen:
         total -= shapes["o"][0] * copy  # fused LoRA kernels of those stacks read the attention output in place
@@ -179,6 +184,13 @@ def _stack_copies(r: MemoryRequest) -> float:
 
 def _fused_swiglu(r: MemoryRequest) -> bool:
     return r.kernels == "trebuchet" or (r.kernels == "fused" and r.parallel in ("zero2", "zero3"))
+
+
+def _product_transient(r: MemoryRequest) -> int:
+    """MLP-wide tensors alive beside the kept ones when the gated product is differentiated."""
+    if r.kernels == "trebuchet":  # upstream, both gradients, and the product formed again for an adapter on down
+        return 4 if r.adapters and "down" in (r.lora_targets or ()) else 3
+    return 1 if _fused_swiglu(r) else 3  # Liger writes both gradients over its inputs
 
 
 def _selective(r: MemoryRequest) -> float:
@@ -205,7 +217,9 @@ def _loss(r: MemoryRequest) -> tuple[int, int]:
         chunk = min(t, _power_of_two(-(-t // -(-v // h))))
     else:
         chunk = min(t, C["head_chunk_frozen"] if r.adapters else C["head_chunk_trained"])
-    head_gradient = 0 if r.adapters else v * h * (4 if r.kernels == "trebuchet" else compute_width(r))
+    head_gradient = 0
+    if not r.adapters:  # ours accumulates in fp32 and casts; the others add each chunk's product
+        head_gradient = v * h * (6 if r.kernels == "trebuchet" else 2 * compute_width(r))
     return int(chunk * v * 8 + 3 * h * e * t + head_gradient), 0
 
 

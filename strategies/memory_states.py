@@ -8,7 +8,7 @@ One `States` per request, all per GPU. The layouts differ in what is cut and wha
     zero2           weights whole, gradients and optimizer state cut
     zero3           as fsdp; whole copies are kept up to `stage3_max_live_parameters`, gradients pass through buckets
 
-Left out: everything that grows with tokens (`memory_activations.py`) and what the allocator adds (`memory_reserved.py`).
+Left out: what grows with tokens (`memory_activations.py`) and what the allocator adds (`memory_reserved.py`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ class States:
 
     `weights` base or full model; `adapters` their parameters; `gradients` of everything that trains, as kept between
     backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`
-    and `block` are gathered copies; `head_gradient` is the unsharded gradient of embedding and head inside backward;
-    `block_gradient` that of the matrix whose backward runs; `buffers` fixed communication buffers; `host` what offload
-    moves to the CPU.
+    and `block` are gathered copies; `casts` 16-bit copies that autocast makes of whole fp32 weights; `head_gradient` is
+    the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix whose backward
+    runs; `buffers` fixed communication buffers and workspaces; `staging` one matrix on its way in; `host` what offload
+    moves to the CPU. `trainable` counts elements of the whole model.
     """
 
     weights: int
@@ -37,9 +38,12 @@ class States:
     step_temporary: int
     root: int
     block: int
+    casts: int
     head_gradient: int
     block_gradient: int
     buffers: int
+    staging: int
+    trainable: int
     host: int
 
 
@@ -80,7 +84,8 @@ def base_linear_width(r: MemoryRequest) -> tuple[float, float]:
     """
     if r.method == "qlora":
         double = r.double_quant is not False
-        return 0.5, (1 / 64 + 4 / (64 * 256)) if double else 4 / 64
+        block, outer = C["nf4_block"], C["nf4_double_block"]
+        return 0.5, (1 / block + 4 / (block * outer)) if double else 4 / block
     if r.method == "lora8":
         return 1.0, 0.0  # one byte a weight; one fp32 scale a row is under 0.1 % of it
     return float(compute_width(r)), 0.0
@@ -99,45 +104,52 @@ def states(r: MemoryRequest) -> States:
     m = r.model
     n = r.shards if r.parallel in SHARDED else 1
     zero = r.parallel in ("zero2", "zero3")
-    width = trainable_width(r)
-    linear = m.num_layers * m.block_linear_params
-    other = m.total_params - linear
+    width, compute = trainable_width(r), compute_width(r)
     adapters = adapter_params(r)
     trainable = adapters if r.adapters else m.total_params
-    cut, whole = base_linear_width(r)
-    if r.adapters:
-        quantized_head = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
-        head = m.head_params if quantized_head else 0  # LitGPT's 4-bit plug-in replaces the head too
-        weights = int((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n)
-    else:
-        weights = m.total_params * width // n
-    if r.needs_reference:
-        weights += m.total_params * compute_width(r) // n
+    weights = _weights(r, n)
     gradients = trainable * width // (r.shards if zero else n)
     optimizer, temporary = _optimizer(r, trainable, n)
-    host = 0
+    adapter_bytes, host = adapters * width // n, 0
     if r.offload != "none":
         host, optimizer, temporary = optimizer, 0, 0
-    if r.offload == "params":
-        host += weights + adapters * width // n + gradients
-        weights = int(linear * whole) if r.adapters else 0
-        gradients = 0
-    root, block = _gathered(r, n, cut)
-    head_params = 0 if r.adapters else m.embedding_params
-    compute = compute_width(r)
+    if r.offload == "params":  # absmax values live in the module and stay (bitsandbytes)
+        stay = int(m.num_layers * m.block_linear_params * base_linear_width(r)[1]) if r.adapters else 0
+        host += weights - stay + adapter_bytes + gradients
+        weights, adapter_bytes, gradients = stay, 0, 0
+    root, block = _gathered(r, n)
+    whole_gradients = compute if n > 1 or zero else width
+    autocast = not r.adapters and r.precision.endswith("mixed") and r.parallel in ("none", "ddp")
     return States(
         weights=weights,
-        adapters=0 if r.offload == "params" else adapters * width // n,
+        adapters=adapter_bytes,
         gradients=gradients,
         optimizer=optimizer,
         step_temporary=temporary,
         root=root,
         block=block,
-        head_gradient=head_params * (compute if n > 1 or zero else width),
-        block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * (compute if n > 1 else width),
-        buffers=_buffers(r, n),
+        casts=(m.total_params - m.embedding_params) * compute if autocast else 0,
+        head_gradient=0 if r.adapters else m.embedding_params * whole_gradients,
+        block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * whole_gradients,
+        buffers=_buffers(r),
+        staging=m.hidden_size * max(m.intermediate_size, m.vocab_size) * compute if r.adapters else 0,
+        trainable=trainable,
         host=host,
     )
+
+
+def _weights(r: MemoryRequest, n: int) -> int:
+    """Bytes of the base or full model, and of a frozen reference where the objective needs one."""
+    m = r.model
+    if not r.adapters:
+        reference = m.total_params * compute_width(r) if r.needs_reference else 0
+        return (m.total_params * trainable_width(r) + reference) // n
+    cut, whole = base_linear_width(r)
+    linear = m.num_layers * m.block_linear_params
+    other = m.total_params - linear
+    litgpt = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
+    head = m.head_params if litgpt else 0  # LitGPT's 4-bit plug-in replaces the head too
+    return int((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n)
 
 
 def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:
@@ -150,7 +162,9 @@ def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:
     width = trainable_width(r)
     zero = r.parallel in ("zero2", "zero3")
     cut = r.shards if zero else n
-    moments = {"sgd": 0.0, "adamw-8bit": 2 + 8 / 256, "paged-adamw-8bit": 0.0}.get(r.optimizer, 2.0 * width)
+    moments = {"sgd": 0.0, "adamw-8bit": 2 + 8 / C["adam8bit_block"], "paged-adamw-8bit": 0.0}.get(
+        r.optimizer, 2.0 * width
+    )
     if zero and r.precision.endswith("mixed"):
         moments = 4 + (8.0 if moments == 2.0 * width else moments)
     temporary = trainable * width // cut if r.optimizer == "adamw-foreach" else 0
@@ -159,29 +173,27 @@ def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:
     return int(trainable * moments / cut), temporary
 
 
-def _gathered(r: MemoryRequest, n: int, cut: float) -> tuple[int, int]:
+def _gathered(r: MemoryRequest, n: int) -> tuple[int, int]:
     """(root unit, blocks) that are whole on every rank while computing, in bytes."""
-    if n == 1 and r.parallel != "zero3":
+    if r.parallel not in SHARDED or (n == 1 and r.parallel != "zero3"):
         return 0, 0
     m = r.model
     root = (m.embedding_params + m.head_params) * (other_width(r) if r.adapters else compute_width(r))
-    if not r.adapters:
-        cut = compute_width(r)
-    one = int(m.block_linear_params * cut)
+    width = base_linear_width(r)[0] if r.adapters else compute_width(r)
     if r.parallel == "zero3":
-        live = min(m.total_params, C["zero3_max_live_elements"])
-        return root, int(live * cut) if r.method != "full" else live * compute_width(r)
-    return root, one * (C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else C["fsdp1_blocks_gathered"])
+        live = min(m.total_params, C["zero3_max_live_elements"]) + C["zero3_prefetch_elements"]
+        return root, int(live * width)
+    return root, int(m.block_linear_params * width) * C[f"{r.parallel}_blocks_gathered"]
 
 
-def _buffers(r: MemoryRequest, n: int) -> int:
+def _buffers(r: MemoryRequest) -> int:
     """Buffers of fixed size for reducing gradients, and the libraries' workspaces, in bytes."""
     m, total = r.model, C["workspace_bytes"]
     if r.parallel in ("zero2", "zero3") and not r.adapters:
         bucket = min(C["zero_bucket_elements"], m.total_params)
-        total += int(C["zero_buckets"] * bucket * compute_width(r))
-    elif r.parallel == "fsdp2" and not r.adapters:
+        total += C["zero_buckets"] * bucket * compute_width(r)
+    elif r.parallel == "fsdp2" and not r.adapters and r.shards > 1:
         total += m.block_params * trainable_width(r)  # the reduce-scatter input of one block, in the reduce dtype
-    elif r.parallel == "ddp":
+    elif r.parallel == "ddp" and r.gpus > 1:
         total += (adapter_params(r) if r.adapters else m.total_params) * trainable_width(r)  # gradient buckets
     return total
