@@ -57,22 +57,20 @@ def hidden_width(r: MemoryRequest) -> int:
 
 def activations(r: MemoryRequest) -> Activations:
     """The batch-dependent bytes of one GPU for `r`."""
-    m, t, e = r.model, r.tokens, hidden_width(r)
-    boundary = m.hidden_size * e * t
-    kept_block, working = _block(r)
-    if r.checkpointing == "none":
-        kept, kept_last, working = m.num_layers * kept_block, kept_block, working - kept_block
-    elif r.checkpointing == "selective":
-        saved = boundary + _selective(r)
-        kept, kept_last, working = m.num_layers * saved, saved, working - _selective(r)
-    else:
-        kept, kept_last = m.num_layers * boundary, boundary
-    retained = 0
-    if r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full":
-        retained = max(m.num_layers - 2, 0) * boundary
+    layers = r.model.num_layers
+    boundary = r.model.hidden_size * hidden_width(r) * r.tokens
+    block, worst = _block(r)
+    saved = {"none": block, "full": float(boundary), "selective": boundary + _selective(r)}[r.checkpointing]
+    again = {"none": block, "full": 0.0, "selective": _selective(r)}[r.checkpointing]  # counted in `saved` already
+    frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
     loss, held = _loss(r)
     return Activations(
-        kept=int(kept), kept_last=int(kept_last), working=int(working), retained=retained, loss=loss, held_logits=held
+        kept=int(layers * saved),
+        kept_last=int(saved),
+        working=max(int(worst - again), 0),
+        retained=max(layers - 2, 0) * boundary if frozen_fsdp1 else 0,
+        loss=loss,
+        held_logits=held,
     )
 
 
@@ -84,8 +82,8 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     attention += _norms(r)
     product = f * e if _keeps_input(r, "down") else 0
     down_copies = _adapter_copies(r, ("down",))
-    mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + down_copies)
-    mlp += _adapter_copies(r, ("gate", "up")) + _stack_copies(r)
+    inputs = _adapter_copies(r, ("gate", "up")) + down_copies
+    mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r)
     transient = _product_transient(r)
     share = k / m.experts
     ends = 2 * h * e
@@ -212,7 +210,8 @@ def _loss(r: MemoryRequest) -> tuple[int, int]:
     if r.kernels == "ce":
         return int(C["logit_bytes_ce"] * v * t + 2 * h * e * t), 0
     if r.kernels == "chunked-ce":
-        return int(C["logit_bytes_chunked"] * v * t + 2 * h * e * t), 0
+        per_logit = C["logit_bytes_chunked"] if r.adapters else C["logit_bytes_chunked_full"]
+        return int(per_logit * v * t + 2 * h * e * t), 0
     if r.kernels == "fused":
         chunk = min(t, _power_of_two(-(-t // -(-v // h))))
     else:

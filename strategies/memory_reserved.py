@@ -32,8 +32,8 @@ def reserved(r: MemoryRequest, s: States, a: Activations, allocated: int) -> int
     step = s.gradients + s.step_temporary
     total = kept_states + s.root + s.block + footprint + step
     total += C["reserved_distributed_bytes"] if distributed else 0
-    pools = C["reserved_fsdp_roots"] * s.root + C["reserved_fsdp_blocks"] * s.block
-    least = kept_states + s.gradients + (pools if r.parallel in ("fsdp1", "fsdp2") else 0)
+    pools = C["reserved_fsdp1_roots"] * s.root + C["reserved_fsdp1_blocks"] * s.block
+    least = kept_states + s.gradients + (pools if r.parallel == "fsdp1" else 0)
     return int(max(total, least, allocated))
 
 
@@ -53,4 +53,6 @@ def _shares(r: MemoryRequest) -> tuple[float, float]:
     if not r.adapters:
         return C["reserved_loss_share_full"], C["reserved_block_share_full"]
     block = C["reserved_block_share_fsdp" if r.parallel in SHARDED else "reserved_block_share"]
+    if r.attention == "eager":
+        block = C["reserved_block_share_eager"]
     return C["reserved_loss_share_ce" if r.kernels == "ce" else "reserved_loss_share_eager"], block
