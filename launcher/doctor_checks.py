@@ -69,13 +69,14 @@ def packages() -> Iterator[Check]:
 
 def requirements() -> list[tuple[str, str, str]]:
     """(name, lower bound, extra) of every requirement this package declares; the extra is empty for the core."""
-    try:
-        declared = metadata.requires("trebuchet") or []
-    except metadata.PackageNotFoundError:  # a source tree that is on the path without having been installed
-        project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    source = Path(__file__).parents[1] / "pyproject.toml"
+    if source.is_file():  # a checkout: what it says now, which may be newer than what was noted when it was installed
+        project = tomllib.loads(source.read_text(encoding="utf-8"))["project"]
         declared = list(project["dependencies"])
         for extra, names in project["optional-dependencies"].items():
             declared += [f"{name.split(';')[0]}; extra == '{extra}'" for name in names]
+    else:
+        declared = metadata.requires("trebuchet") or []
     out = []
     for text in declared:
         head = re.match(r"([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?>=\s*([\w.]+)", text)

@@ -102,6 +102,8 @@ def visible(every: list[Gpu], setting: str | None) -> list[Gpu]:
         return every
     out: list[Gpu] = []
     for entry in (part.strip() for part in setting.split(",")):
+        if entry.startswith("MIG-"):
+            raise ClusterError(f"{entry} is a slice of a GPU, whose size NVML tells another way; write a cluster file")
         if entry.isdigit():
             match = every[int(entry) : int(entry) + 1]
         else:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trebuchet.launcher.errors import ModelError
 from trebuchet.launcher.model_files import cached_snapshot, read_checkpoint
@@ -88,6 +89,16 @@ def test_weights_of_another_model_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 81}))
     with pytest.raises(ModelError, match=f"and the safetensors files hold {model.num_parameters():,}; one of them"):
         load_model_spec(Model(name=str(tmp_path)))
+
+
+def test_a_tied_head_that_was_saved_and_old_buffers_do_not_count(tmp_path: Path) -> None:
+    model = saved(tmp_path, "llama", tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert load_model_spec(Model(name=str(tmp_path))).params == model.num_parameters()
 
 
 @pytest.mark.parametrize("damage", ["cut", "length", "text"])
