@@ -86,13 +86,13 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r)
     transient = _product_transient(r)
     share = k / m.experts
-    ends = 2 * h * e
+    ends = 2.0 * h * e
     if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
         mlp += k * h * e
         ends += (2 + 2 * share) * h * e
     during_product = attention + mlp - share * (product + down_copies) + share * transient * f * e
     dropped = f * e if down_copies else 0
-    during_down = attention + mlp + share * (f * e + dropped)
+    during_down = attention + mlp + share * (f * e + max(dropped, _cast_for_down(r)))
     during_attention = attention + (m.num_heads if r.attention == "eager" else 2 * m.num_heads) * m.head_dim * e
     if r.attention == "eager":  # output, expanded values and o's adapter input are gone when the softmax is reached
         during_attention -= 2 * m.num_heads * m.head_dim * e + _adapter_copies(r, ("o",))
@@ -130,6 +130,18 @@ def _norms(r: MemoryRequest) -> float:
     if not r.adapters:
         total += 2 * h * e * (1 if r.kernels in FUSED_NORMS else 2)
     return total
+
+
+def _cast_for_down(r: MemoryRequest) -> int:
+    """Bytes a token while the adapter on down reads the product in the recomputed forward: PEFT casts a 16-bit input to
+    the fp32 of the adapter, and drops from that copy."""
+    if not r.adapters or "down" not in (r.lora_targets or ()) or r.kernels == "trebuchet":
+        return 0
+    if hidden_width(r) == 4 or r.precision == "bf16":
+        return 0
+    dropout = r.lora_dropout is None or r.lora_dropout > 0
+    copies = (2 if dropout else 1) - (1 if r.precision == "fp16" else 0)  # without autocast one of them is kept anyway
+    return copies * 4 * r.model.intermediate_size
 
 
 def _keeps_input(r: MemoryRequest, target: str) -> bool:
