@@ -87,8 +87,13 @@ class NodeGroup(_Frozen):
         return self.host_memory_gib - self.host_reserved_gib
 
     def supports(self, dtype: Literal["bf16", "fp16", "fp32"]) -> bool:
-        """Whether the GPU multiplies in this dtype in hardware; a CPU does fp32 and bf16."""
-        return dtype in self.peak_tflops if self.gpu else dtype != "fp16"
+        """Whether the hardware multiplies in this dtype: a CPU in fp32 and bf16, a GPU by its compute capability (bf16
+        from 8.0 on), one without a capability as its `peak_tflops` say."""
+        if self.gpu is None:
+            return dtype != "fp16"
+        if dtype == "bf16" and self.capability and self.capability[0].isdigit():
+            return float(self.capability) >= 8
+        return dtype in self.peak_tflops or self.capability is not None
 
 
 class Cluster(_Frozen):

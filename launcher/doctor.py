@@ -76,7 +76,8 @@ def render(report: Report) -> str:
 
 
 def _verdict(checks: Sequence[Check]) -> str:
-    count = {status: sum(check.status == status for check in checks) for status in SIGNS}
-    if count["fail"]:
-        return f"not fit to train: {count['fail']} failed, {count['warn']} warnings"
-    return "fit to train" + (f", with {count['warn']} warnings" if count["warn"] else "")
+    failed, warned = (sum(check.status == status for check in checks) for status in ("fail", "warn"))
+    warnings = f"{warned} warning{'s' if warned != 1 else ''}"
+    if failed:
+        return f"not fit to train: {failed} failed, {warnings}"
+    return f"fit to train, with {warnings}" if warned else "fit to train"

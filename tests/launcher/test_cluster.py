@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,18 @@ def test_reserved_memory_is_taken_off() -> None:
 
 
 @pytest.mark.parametrize(
+    ("capability", "peak", "bf16", "fp16"),
+    [("9.0", {}, True, True), ("7.5", {}, False, True), ("gfx942", {}, True, True), (None, {"fp16": 1}, False, True)],
+)
+def test_dtypes_of_a_gpu_that_is_not_in_the_table(
+    capability: str | None, peak: dict[str, float], bf16: bool, fp16: bool
+) -> None:
+    own = {**GROUP, "gpu": "own", "gpu_memory_gib": 40, "capability": capability, "peak_tflops": peak}
+    group = build({"groups": [own]}).groups[0]
+    assert (group.supports("bf16"), group.supports("fp16")) == (bf16, fp16)
+
+
+@pytest.mark.parametrize(
     ("tree", "message"),
     [
         (
@@ -134,6 +147,13 @@ def test_wrong_files_name_the_key(tree: Any, message: str) -> None:
 def test_all_problems_at_once() -> None:
     text = problem({"groups": [{**GROUP, "cores": "x", "colour": 1}], "nodes": 3})
     assert text.splitlines()[0] == "f.yaml: 3 problems:" and len(text.splitlines()) == 4
+
+
+def test_the_example_of_the_manual_loads() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models-and-clusters.md").read_text()
+    (example,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.S)
+    cluster = build(yaml.safe_load(example))
+    assert (cluster.scheduler, cluster.gpus) == ("slurm", 16)
 
 
 def test_unknown_names_and_unreadable_files(tmp_path: Path) -> None:

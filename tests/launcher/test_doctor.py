@@ -62,8 +62,8 @@ def test_text_and_json_say_the_same(report: Report) -> None:
     ("statuses", "status", "code", "verdict"),
     [
         (("ok", "ok"), "ok", 0, "fit to train"),
-        (("ok", "warn"), "warn", 0, "fit to train, with 1 warnings"),
-        (("warn", "fail"), "fail", 1, "not fit to train: 1 failed, 1 warnings"),
+        (("ok", "warn"), "warn", 0, "fit to train, with 1 warning"),
+        (("warn", "fail"), "fail", 1, "not fit to train: 1 failed, 1 warning"),
     ],
 )
 def test_the_worst_check_decides(statuses: tuple, status: str, code: int, verdict: str) -> None:

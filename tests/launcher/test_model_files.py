@@ -63,7 +63,7 @@ def test_a_folder_that_transformers_saved(tmp_path: Path, tied: bool, shard: str
 
 @pytest.mark.parametrize("model_type", ["starcoder2", "cohere", "gpt_neox", "phi", "opt", "stablelm"])
 def test_a_family_without_a_rule_is_counted_from_its_headers(tmp_path: Path, model_type: str) -> None:
-    more = {"ffn_dim": 80, "word_embed_proj_dim": 32} if model_type == "opt" else {}
+    more: dict[str, Any] = {"ffn_dim": 80, "word_embed_proj_dim": 32} if model_type == "opt" else {}
     model = saved(tmp_path, model_type, **more)
     spec = load_model_spec(Model(name=str(tmp_path)))
     assert spec.params == model.num_parameters()
