@@ -137,10 +137,25 @@ def refuse_what_cannot_start(decided: Plan) -> None:
 
 def refuse_to_resume(folder: RunFolder) -> None:
     state = current_state(folder)
-    if state == JobState.RUNNING:
-        raise RunError(f"{folder.root} is running; follow it with `trebuchet logs -f {folder.root}`.")
+    if waiting_or_running(folder):
+        raise RunError(f"{folder.root} is {state.value}; follow it with `trebuchet logs -f {folder.root}`.")
     if state == JobState.SUCCEEDED:
         raise RunError(f"{folder.root} is finished; its model is in {folder.model}.")
+
+
+def cancel(run: str) -> RunFolder:
+    """Asks a run to save a checkpoint at the end of its step and stop; returns at once."""
+    folder = open_run(run)
+    if not waiting_or_running(folder):
+        raise RunError(f"{run} is not running: it is {current_state(folder).value}.")
+    folder.stop.touch()
+    return folder
+
+
+def waiting_or_running(folder: RunFolder) -> bool:
+    """Whether someone is about to train in this folder or does. PENDING alone is a run whose launcher never came that far."""
+    state = current_state(folder)
+    return state == JobState.RUNNING or (state == JobState.PENDING and record.read(folder)["submitted"] is not None)
 
 
 def nothing_fits(decided: Plan) -> str:
@@ -196,27 +211,21 @@ def count_examples(config: TrainConfig) -> int | None:
 
 
 def current_state(folder: RunFolder) -> JobState:
-    """The recorded state, or FAILED when it says RUNNING and the process is gone."""
+    """The recorded state; a run whose processes are gone is closed on the way, by what its ranks left."""
+    from . import local
+
     found = record.read(folder)
-    state = JobState(found["state"])
-    if state == JobState.RUNNING and not _alive(found["attempts"][-1]["handle"]):
-        record.end_attempt(folder, JobState.FAILED, 1, "the launcher ended without closing the record; it was killed")
-        return JobState.FAILED
-    return state
-
-
-def _alive(handle: str) -> bool:
-    """Whether a local job's process lives. A job of another machine is believed to: its record is all that is known here."""
-    import platform
-
-    host, _, pid = handle.removeprefix("local://").partition("/")
-    if not handle.startswith("local://") or host != platform.node():
-        return True
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
+    if found["state"] == JobState.RUNNING:
+        attempt = found["attempts"][-1]
+        if not local.alive(attempt["handle"], attempt["started"], also=attempt["ranks"]):
+            local.close(folder, "the launcher and its ranks ended without closing the record: killed, or the machine went down")
+    elif found["state"] == JobState.PENDING and found["submitted"] and not local.alive(found["submitted"], found["created"]):
+        # Between submitting and the first attempt; what has begun by now says so itself.
+        found = record.read(folder)
+        if found["state"] == JobState.PENDING:
+            why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
+            record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
+    return JobState(record.read(folder)["state"])
 
 
 def _finish(folder: RunFolder, decided: Plan) -> JobHandle:

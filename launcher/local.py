@@ -15,6 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from .job import JobHandle, JobSpec, JobState
 from .plan import Plan
 from .run_folder import RunFolder
 
+CLOCK_SLACK_S = 60.0  # a wall clock may be set while a job runs
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
 
 
@@ -105,29 +108,34 @@ def execute(folder: RunFolder, plan: Plan) -> int:
     spec = job_spec(plan, folder)
     record.write_atomically(folder.accelerate, accelerate_config(spec))
     folder.logs.mkdir(exist_ok=True)
-    folder.stop.unlink(missing_ok=True)
-    outcome_file = folder.logs / "outcome.json"
-    outcome_file.unlink(missing_ok=True)
+    if record.read(folder)["state"] != JobState.PENDING.value:  # else it may be a wish to cancel what was submitted
+        folder.stop.unlink(missing_ok=True)
+    folder.outcome.unlink(missing_ok=True)
     try:
         process = subprocess.Popen(command(spec), env={**os.environ, **spec.environment}, start_new_session=True)
     except OSError as error:
         raise SchedulerRefused(f"could not start the ranks: {error}") from None
-    record.begin_attempt(folder, f"local://{platform.node()}/{process.pid}", record.read(folder)["step"])
-    with _Interrupts(folder, process):
+    record.begin_attempt(folder, handle_of(os.getpid()), ranks=process.pid)
+    with _Interrupts(folder, process) as interrupts:
         process.wait()
-    if outcome_file.exists():
-        outcome = json.loads(outcome_file.read_text(encoding="utf-8"))
-    else:
-        outcome = {"exit_code": 1, "error": _without_a_word(folder, process.returncode)}
+    return close(folder, _without_a_word(folder, process.returncode), ended_by_user=interrupts.ended)
+
+
+def handle_of(pid: int) -> str:
+    """A local job is known by the process that watches its ranks and closes its record."""
+    return f"local://{platform.node()}/{pid}"
+
+
+def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False) -> int:
+    """Closes the record by the outcome that the ranks left, or with the error `otherwise` when they left none; the exit code."""
     folder.stop.unlink(missing_ok=True)
-    return _close(folder, outcome, killed=process.returncode < 0)
-
-
-def _close(folder: RunFolder, outcome: dict[str, Any], *, killed: bool) -> int:
+    outcome: dict[str, Any] = {"exit_code": 130 if ended_by_user else 1, "error": None if ended_by_user else otherwise}
+    if folder.outcome.exists():
+        outcome = json.loads(folder.outcome.read_text(encoding="utf-8"))
     code, error = outcome["exit_code"], outcome["error"]
     if code == 0:
         state = JobState.SUCCEEDED
-    elif code == STOPPED or (killed and error is None):
+    elif code in (STOPPED, 130):
         state, code = JobState.CANCELLED, 130
     elif error and error.startswith("out of memory"):
         state = JobState.OUT_OF_MEMORY
@@ -152,16 +160,38 @@ def _tail(log: Path, lines: int = 3) -> str:
     return f"Last lines of {log}: " + " / ".join(text)
 
 
+def alive(handle: str, since: str, *, also: int | None = None) -> bool:
+    """Whether the process of a local handle, or `also`, lives, and is older than the time stamp `since` (a number that was given
+    to another process in the meantime is not it). A job of another machine is believed to live: its record is all there is here."""
+    host, _, pid = handle.removeprefix("local://").partition("/")
+    if not handle.startswith("local://") or host != platform.node():
+        return True
+    return any(_lives(number, since) for number in (int(pid), also) if number)
+
+
+def _lives(pid: int, since: str) -> bool:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        started = process.create_time()
+        return process.status() != psutil.STATUS_ZOMBIE and started <= datetime.fromisoformat(since).timestamp() + CLOCK_SLACK_S
+    except psutil.NoSuchProcess:
+        return False
+
+
 class _Interrupts:
     """While the ranks run: the first SIGINT or SIGTERM asks them to save and stop, the second ends them."""
 
     def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]):
-        self.folder, self.process, self.asked = folder, process, False
+        self.folder, self.process, self.asked, self.ended = folder, process, False, False
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self._on_signal)
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._on_signal)
+        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
@@ -173,6 +203,7 @@ class _Interrupts:
             self.folder.stop.touch()
             print("\nstopping after this step; a checkpoint will be saved. Ctrl+C again ends at once.", file=sys.stderr)
             return
+        self.ended = True
         end(self.process.pid)
 
 
@@ -197,7 +228,9 @@ def submit(folder: RunFolder, plan: Plan) -> JobHandle:
             [sys.executable, "-m", "trebuchet.launcher.local", str(folder.root)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
-    return JobHandle(run=folder.root.name, handle=f"local://{platform.node()}/{watcher.pid}", folder=folder.root)
+    handle = handle_of(watcher.pid)
+    record.update(folder, submitted=handle)
+    return JobHandle(run=folder.root.name, handle=handle, folder=folder.root)
 
 
 def main(run: str) -> int:

@@ -154,6 +154,8 @@ def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout)
     optimizer = config.optimization.optimizer
     if layout.parallel == "none" and hardware.ranks > 1:
         return f"parallel none is for one rank, and there are {hardware.ranks}"
+    if layout.parallel == "ddp" and hardware.ranks == 1:
+        return "ddp keeps copies on several ranks in step, and there is one"
     if layout.offload != "none" and layout.parallel == "ddp":
         return "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
     if layout.offload != "none" and hardware.device == "cpu":

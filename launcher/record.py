@@ -68,6 +68,7 @@ def create(folder: RunFolder, **facts: Any) -> None:
         "run": folder.root.name,
         "created": now(),
         "state": JobState.PENDING.value,
+        "submitted": None,
         "exit_code": None,
         "error": None,
         "step": 0,
@@ -81,12 +82,13 @@ def create(folder: RunFolder, **facts: Any) -> None:
     write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def begin_attempt(folder: RunFolder, handle: str, first_step: int) -> None:
+def begin_attempt(folder: RunFolder, handle: str, *, ranks: int) -> None:
+    """`handle` names the process that will close the attempt, `ranks` is the process id of what it started."""
     with open(folder.root / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = read(folder)
-        attempt = {"handle": handle, "state": JobState.RUNNING.value, "reason": None, "first_step": first_step, "last_step": None}
-        record["attempts"].append({**attempt, "started": now(), "ended": None})
+        attempt = {"handle": handle, "state": JobState.RUNNING.value, "reason": None, "first_step": record["step"], "last_step": None}
+        record["attempts"].append({**attempt, "ranks": ranks, "started": now(), "ended": None})
         record.update(state=JobState.RUNNING.value, exit_code=None, error=None)
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 

@@ -60,6 +60,11 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def outcome(self) -> Path:
+        """What the ranks say of how they ended: the first cause, for whoever closes the record."""
+        return self.logs / "outcome.json"
+
+    @property
     def stop(self) -> Path:
         """Its presence asks every rank to save at the next step boundary and leave."""
         return self.root / "stop"

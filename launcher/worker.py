@@ -9,9 +9,11 @@ run.json and in one paragraph on rank 0; a traceback goes to the rank's log.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,11 @@ from .errors import JobFailed, TrebuchetError, UserError
 from .plan import Chosen, Plan
 from .run_folder import RunFolder
 
+# Lines of other libraries that are true, expected and of no use to anyone who trains: by logger, how they begin.
+HARMLESS = {
+    "DeepSpeed": "Setting accelerator to CPU",  # accelerate asks DeepSpeed for its device when it saves a model
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional package of inference kernels
+}
 STOPPED = 75  # EX_TEMPFAIL: stopped at a step boundary with a checkpoint; `resume` goes on
 
 
@@ -28,6 +35,7 @@ def main(run: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     folder.logs.mkdir(exist_ok=True)
     sys.stderr = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
+    drop_harmless_lines()
     try:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
         finished = train(folder, plan)
@@ -70,6 +78,16 @@ def train(folder: RunFolder, plan: Plan) -> bool:
         accelerator.end_training()
 
 
+def drop_harmless_lines() -> None:
+    """Filters on the loggers themselves: everything else that they say still comes through."""
+
+    def unlike(beginning: str) -> Callable[[logging.LogRecord], bool]:
+        return lambda entry: not entry.getMessage().startswith(beginning)
+
+    for name, beginning in HARMLESS.items():
+        logging.getLogger(name).addFilter(unlike(beginning))
+
+
 def check_hardware(world: int, device: str, chosen: Chosen) -> None:
     """The plan was made for certain hardware; on other hardware its numbers are wrong, so stop and say so."""
     if world != chosen.ranks:
@@ -99,9 +117,8 @@ def describe(problem: BaseException) -> str:
 
 def write_outcome(folder: RunFolder, outcome: dict[str, Any]) -> None:
     """Once: the first to come wins, so that the cause is kept and not its echo on other ranks."""
-    path = folder.logs / "outcome.json"
-    if outcome["exit_code"] in (0, STOPPED) or not path.exists():
-        record.write_atomically(path, json.dumps(outcome))
+    if not folder.outcome.exists():
+        record.write_atomically(folder.outcome, json.dumps(outcome))
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

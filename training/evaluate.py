@@ -47,7 +47,7 @@ class HeldOut:
         return [(list(map(int, p)), list(map(int, r))) for p, r in map(self.samples.prompt, picked)]
 
 
-def held_out_loss(stepper: Stepper, data: HeldOut, pad_id: int) -> dict[str, float]:
+def held_out_loss(stepper: Stepper, data: HeldOut, pad_id: int) -> dict[str, Any]:
     """Mean loss over the trained tokens of all held-out rows, and its exponential; collective, equal on all ranks."""
     runtime = stepper.runtime
     summed = trained = 0.0
@@ -57,7 +57,7 @@ def held_out_loss(stepper: Stepper, data: HeldOut, pad_id: int) -> dict[str, flo
             trained += int(batch["num_trained"])
     summed, trained = runtime.total(summed, trained)
     loss = summed / max(trained, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": trained}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(trained)}
 
 
 @contextmanager

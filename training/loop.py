@@ -6,12 +6,14 @@ What a step computes is in step.py, what it reads in data/, what is saved in che
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..launcher import record
+from ..launcher.errors import RunError
 from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
 from .data import Order, TokenSet, share
@@ -39,23 +41,27 @@ class Loop:
     def resume(self) -> int:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
         self.runtime.barrier()
-        path = checkpoint.latest(self.runtime.folder, say=print if self.runtime.main else lambda text: None)
+        path = checkpoint.latest(self.runtime.folder, say=self.say)
         if path is None:
             return 0
         state = checkpoint.load(path, self.stepper.model_inside(), self.stepper.optimizer, rank=self.runtime.rank)
         if state["identity"] != self.identity:
             changed = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
-            raise ValueError(f"{path} was made with another {', '.join(changed)}; the run cannot go on from it exactly")
+            raise RunError(f"{path} was made with another {', '.join(changed)}; the run cannot go on from it exactly. Start a new run.")
         self.stepper.schedule.load_state_dict(state["schedule"])
         # The scheduler's state holds no rates; the optimizer's groups do.
         for group, rate in zip(self.stepper.optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
             group["lr"] = rate
+        if self.stepper.scaler:
+            self.stepper.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
 
     def run(self, first: int) -> bool:
         """Steps `first` to the end. True when the end was reached, False when a stop was asked for and a checkpoint saved."""
         steps = self.order.steps
         evaluate_at, save_at = due(self.evaluation.every, steps), due(self.checkpointing.every, steps)
+        if self.runtime.main:
+            record.update(self.runtime.folder, step=first, steps=steps, attempt={"first_step": first})
         progress = Progress(self.runtime, steps, first)
         saved = first
         try:
@@ -97,10 +103,16 @@ class Loop:
 
     def save(self, done: int) -> None:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}
+        if self.stepper.scaler:
+            state["scaler"] = self.stepper.scaler.state_dict()
         parts = {"model": self.stepper.model_inside(), "optimizer": self.stepper.optimizer, "state": state}
         checkpoint.save(self.runtime.folder, done, parts, rank=self.runtime.rank, barrier=self.runtime.barrier)
         if self.runtime.main:
             checkpoint.prune(self.runtime.folder, self.checkpointing.keep)
+
+    def say(self, text: str) -> None:
+        if self.runtime.main:
+            print(text, file=sys.stderr, flush=True)
 
 
 def due(every: float, steps: int) -> set[int]:

@@ -13,6 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..launcher import record
 from .runtime import Runtime, peak_memory_bytes
 
 GIB = 2**30
@@ -84,11 +85,11 @@ class Progress:
 
 
 def keep_until(path: Path, step: int) -> Path:
-    """Drops lines of steps after `step`, which a resumed run will write again."""
+    """Drops lines of steps after `step`, which a resumed run will write again, and the half line that a killed run may leave."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        record.write_atomically(path, "".join(line + "\n" for line in kept))
     return path
 
 

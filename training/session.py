@@ -108,7 +108,11 @@ class Session:
             return model
         if self.chosen.parallel == "ddp":
             ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
-            return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+            # Buffers (rotary frequencies) are constants; broadcasting them would be a collective in each first forward, and a rank
+            # that has no held-out rows makes none.
+            return torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
         raise JobFailed(f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp.")
 
     def held_out(self) -> evaluate.HeldOut | None:

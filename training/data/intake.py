@@ -100,7 +100,8 @@ class Intake:
             rows += len(chunk)
             layout = layout or self._layout(chunk, source, table)
             examples = list(_examples(chunk, layout, source, bad))
-            for (number, example), encoded in zip(examples, encoder.encode([e for _, e in examples]), strict=True):
+            results = encoder.encode([example for _, example, _ in examples])
+            for (number, example, keys), encoded in zip(examples, results, strict=True):
                 if isinstance(encoded, RowError):
                     bad.add(number, encoded)
                     continue
@@ -109,7 +110,7 @@ class Intake:
                 preflight.note_faults(faults, number, example, encoded, encoder)
                 spans[encoded.method] += 1
                 chats += isinstance(example, Chat)
-                writer.add(encoded.ids, encoded.mask, row=number, keys=example.keys())
+                writer.add(encoded.ids, encoded.mask, row=number, keys=keys)
         bad.raise_if_any(rows)
         preflight.check_empty(rows, table.name, ": it holds no rows")
         return {"layout": layout, "rows": rows, "chats": chats, "spans": dict(spans), "faults": faults}
@@ -127,17 +128,19 @@ class Intake:
 
 def _examples(
     chunk: Sequence[Numbered], layout: str | None, source: Source, bad: _BadRows
-) -> Iterator[tuple[int, Example]]:
+) -> Iterator[tuple[int, Example, tuple[int, int]]]:
+    """(number, sample, its keys) of the rows that are good; the others go to `bad`."""
     for number, row in chunk:
         try:
             if isinstance(row, RowError):
                 raise row
             assert layout is not None  # the first row that is a dict has decided it
             example = convert(rename(row, source.columns), layout)
-            example.keys()  # text that is not Unicode shows here
-            yield number, example
+            yield number, example, example.keys()
         except RowError as error:
             bad.add(number, error)
+        except UnicodeEncodeError:  # from the keys, which are the first to encode the text
+            bad.add(number, RowError("holds half of a surrogate pair, which is not Unicode text"))
 
 
 class _BadRows:

@@ -136,10 +136,7 @@ def convert(row: Mapping[str, Any], layout: str) -> Example:
     for name in REQUIRED[layout]:
         if row.get(name) is None:
             raise RowError(f"column {name} is missing" if name not in row else f"column {name} is null")
-    try:
-        return _CONVERT[layout](row)
-    except UnicodeEncodeError:
-        raise RowError("holds half of a surrogate pair, which is not Unicode text") from None
+    return _CONVERT[layout](row)
 
 
 def _messages(row: Mapping[str, Any]) -> Chat:

@@ -65,13 +65,13 @@ def _json_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
         try:
             value, at = decoder.raw_decode(text, at)
             at = _skip(text, at)
-            if array and text[at : at + 1] not in (",", "]"):
+            if array and at < len(text) and text[at] not in ",]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         except json.JSONDecodeError as error:  # where the next object begins cannot be known
             raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}.") from None
         rows += 1
         yield line, value if isinstance(value, dict) else RowError(f"not a JSON object but {_kind(value)}")
-        if array and text[at] == ",":
+        if array and text[at : at + 1] == ",":
             at = _skip(text, at + 1)
     if array and at >= len(text):
         raise DataError(f"{path}: the array is not closed; the file seems to be cut off after {rows} rows.")
