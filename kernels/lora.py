@@ -157,6 +157,7 @@ def _(x, tensors, spec, scalings, backend):
 
 def _project_setup(ctx, inputs, output):
     x, tensors, ctx.spec, ctx.scalings, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.count = len(tensors)
     ctx.save_for_backward(x, *tensors, *output[len(ctx.scalings) :])
 
@@ -204,6 +205,7 @@ def _(x, tensors, spec, scalings, activation, backend):
 
 def _mlp_setup(ctx, inputs, output):
     x, tensors, ctx.spec, ctx.scalings, ctx.activation, ctx.backend = inputs
+    ctx.set_materialize_grads(False)
     ctx.count = len(tensors)
     ctx.save_for_backward(x, *tensors, *output[1:])
 
