@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-
 from trebuchet.launcher import api, cli, logs
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import open_run
