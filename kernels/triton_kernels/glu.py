@@ -30,10 +30,23 @@ def _activate(e, ACT: tl.constexpr):
 
 
 @triton.jit
-def _forward(e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g, ACT: tl.constexpr, BLOCK: tl.constexpr):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+def _place(blocks, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """Row and columns of this program; FLAT: all elements are one row, and the division falls away."""
+    program = tl.program_id(0)
+    if FLAT:
+        row = tl.zeros([], dtype=tl.int64)
+        col = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    else:
+        row = (program // blocks).to(tl.int64)
+        col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    return row, col
+
+
+@triton.jit
+def _forward(
+    e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g, ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr
+):
+    row, col = _place(blocks, BLOCK, FLAT)
     mask = col < width
     e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(g_ptr + row * stride_g + col, mask=mask, other=0.0).to(tl.float32)
@@ -44,11 +57,9 @@ def _forward(e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g, ACT: tl.con
 @triton.jit
 def _backward(
     dh_ptr, e_ptr, g_ptr, de_ptr, dg_ptr, h_ptr, width, blocks, stride_dh, stride_e, stride_g,
-    ACT: tl.constexpr, BLOCK: tl.constexpr, WANT_H: tl.constexpr,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WANT_H: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
-    col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    row, col = _place(blocks, BLOCK, FLAT)
     mask = col < width
     dh = tl.load(dh_ptr + row * stride_dh + col, mask=mask, other=0.0).to(tl.float32)
     e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
@@ -76,7 +87,7 @@ def forward(e: Tensor, g: Tensor, activation: str) -> Tensor:
     blocks = triton.cdiv(e2d.shape[1], settings["block"])
     start(
         _forward, blocks * len(e2d), e2d, g2d, h, e2d.shape[1], blocks, e2d.stride(0), g2d.stride(0),
-        ACT=activation, BLOCK=settings["block"], warps=settings["warps"],
+        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, warps=settings["warps"],
     )  # fmt: skip
     return h
 
@@ -90,6 +101,7 @@ def backward(dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool) ->
     start(
         _backward, blocks * len(e2d), dh2d, e2d, g2d, de, dg, h, e2d.shape[1], blocks,
         dh2d.stride(0), e2d.stride(0), g2d.stride(0),
-        ACT=activation, BLOCK=settings["block"], WANT_H=want_h, warps=settings["warps"],
+        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, WANT_H=want_h,
+        warps=settings["warps"],
     )  # fmt: skip
     return de, dg, h

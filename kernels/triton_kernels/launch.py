@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import ROW_WARPS
@@ -28,6 +29,25 @@ class Launch:
 _recorded: list[Launch] | None = None
 
 
+@triton.jit
+def load_fp32(ptr, mask, EVEN: tl.constexpr):
+    """Load and widen; EVEN says that every lane is inside, and saves the predicates."""
+    if EVEN:  # noqa: SIM108 (Triton compiles statements, not conditional expressions over tensors)
+        value = tl.load(ptr)
+    else:
+        value = tl.load(ptr, mask=mask, other=0.0)
+    return value.to(tl.float32)
+
+
+@triton.jit
+def store_as(ptr, value, mask, EVEN: tl.constexpr):
+    """Round to the dtype of the target and store."""
+    if EVEN:
+        tl.store(ptr, value.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
+
+
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
     """Collect launches instead of running them: what ahead-of-time compilation starts from. Outputs stay unwritten."""
@@ -42,6 +62,8 @@ def record() -> Iterator[list[Launch]]:
 def start(kernel: Any, programs: int, *args: Any, warps: int, **options: Any) -> None:
     """Run `kernel` on a grid of `programs` (one axis, so no 65,535 limit) on the device of its first tensor."""
     options["num_warps"] = warps
+    # Triton 3.10 changes the default; what is fused decides rounding, so it is said here.
+    options.setdefault("enable_fp_fusion", True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, (programs,), args, options))
     elif programs > 0:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import as_rows, row_block, start
+from .launch import as_rows, load_fp32, row_block, start, store_as
 from .rms_norm import split_rows
 
 
@@ -29,14 +29,15 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < H)
-    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, axis=1)[:, None] / H
+    EVEN: tl.constexpr = H == BLOCK and ROWS == 1
+    x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
+    mean = tl.sum(x, axis=1)[:, None] * (1.0 / H)
     # Masked lanes must not add mean^2 to the variance.
     centred = x - mean if H == BLOCK else tl.where(col < H, x - mean, 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / H + eps)[:, None]
-    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
-    b = tl.load(b_ptr + col, mask=col < H, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * H + col, (centred * rstd * w + b).to(y_ptr.dtype.element_ty), mask=mask)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) * (1.0 / H) + eps)[:, None]
+    w = load_fp32(w_ptr + col, col < H, H == BLOCK)
+    b = load_fp32(b_ptr + col, col < H, H == BLOCK)
+    store_as(y_ptr + row * H + col, centred * rstd * w + b, mask, EVEN)
     tl.store(mean_ptr + row, mean, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
@@ -62,24 +63,25 @@ def _backward(
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     col = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32)
+    EVEN: tl.constexpr = H == BLOCK and ROWS == 1
+    w = load_fp32(w_ptr + col, col < H, H == BLOCK)
     if DW:
         dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
         db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for i in range(0, rows_per_program, ROWS):
-        row = first + i + tl.arange(0, ROWS)[:, None]
+    for top in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        row = top + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < H)
-        dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-        mean = tl.load(mean_ptr + row, mask=row < rows, other=0.0)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        dy = load_fp32(dy_ptr + row * stride_dy + col, mask, EVEN)
+        x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
+        mean = load_fp32(mean_ptr + row, row < rows, ROWS == 1)
+        rstd = load_fp32(rstd_ptr + row, row < rows, ROWS == 1)
         xhat = (x - mean) * rstd
         g = dy * w
         # Where a lane is masked, dy and so g are 0: xhat there reaches neither sum.
-        mean_g = tl.sum(g, axis=1)[:, None] / H
-        mean_gx = tl.sum(g * xhat, axis=1)[:, None] / H
+        mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / H)
+        mean_gx = tl.sum(g * xhat, axis=1)[:, None] * (1.0 / H)
         dx = rstd * (g - mean_g - xhat * mean_gx)
-        tl.store(dx_ptr + row * H + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        store_as(dx_ptr + row * H + col, dx, mask, EVEN)
         if DW:
             dw += dy * xhat
             db += dy
@@ -120,7 +122,7 @@ def backward(
     start(
         _backward, programs, dy2d, x2d, weight.contiguous(), mean, rstd, dx, partial, len(x2d), share,
         dy2d.stride(0), x2d.stride(0), H=width, BLOCK=block, ROWS=rows, DW=want_dw,
-        warps=min(32, 2 * warps) if want_dw else warps,
+        warps=max(warps, min(16, 2 * warps)) if want_dw else warps,
     )  # fmt: skip
     if not want_dw:
         return dx, weight.new_empty(0), weight.new_empty(0)

@@ -13,15 +13,18 @@ from torch import Tensor
 from ..launch_table import TABLE
 from .launch import start
 
+
 @triton.jit
-def _cap(z, softcap, scale, CAP: tl.constexpr):
-    """z after scale and cap; and its derivative with respect to the logit."""
-    z = z * scale
-    slope = scale
+def _cap(z, softcap, scale, CAP: tl.constexpr, SCALE: tl.constexpr):
+    """z after scale and cap; and its derivative with respect to the logit (1.0 with neither)."""
+    slope = 1.0
+    if SCALE:
+        z = z * scale
+        slope = scale
     if CAP:
         t = 2.0 * tl.sigmoid(2.0 * z / softcap) - 1.0
         z = softcap * t
-        slope = scale * (1.0 - t * t)
+        slope = slope * (1.0 - t * t)
     return z, slope
 
 
@@ -38,6 +41,7 @@ def _stats(
     softcap,
     scale,
     CAP: tl.constexpr,
+    SCALE: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -50,12 +54,10 @@ def _stats(
     for first in range(0, vocab, BLOCK):
         col = first + tl.arange(0, BLOCK)
         z = tl.load(z_row + col, mask=col < vocab, other=-float("inf")).to(tl.float32)
-        if CAP:
-            z, _ = _cap(z, softcap, scale, CAP)
+        if CAP or SCALE:
+            # The cap would make the masked -inf finite, a negative scale +inf.
+            z, _ = _cap(z, softcap, scale, CAP, SCALE)
             z = tl.where(col < vocab, z, -float("inf"))
-        else:
-            # A negative scale would turn the masked -inf into +inf.
-            z = tl.where(col < vocab, z * scale, -float("inf"))
         block_max = tl.max(z, axis=0)
         if ARGMAX:
             block_at = first + tl.argmax(z, axis=0)
@@ -73,7 +75,7 @@ def _stats(
     label = tl.load(label_ptr + row)
     inside = (label >= 0) & (label < vocab)
     z_label = tl.load(z_row + label, mask=inside, other=float("nan")).to(tl.float32)
-    z_label, _ = _cap(z_label, softcap, scale, CAP)
+    z_label, _ = _cap(z_label, softcap, scale, CAP, SCALE)
     tl.store(logp_ptr + row, z_label - lse)
     tl.store(lse_ptr + row, lse)
     if ENTROPY:
@@ -99,17 +101,18 @@ def _gradient(
     softcap,
     scale,
     CAP: tl.constexpr,
+    SCALE: tl.constexpr,
     G_LOGP: tl.constexpr,
     G_LSE: tl.constexpr,
     G_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // blocks
+    program = tl.program_id(0)
+    row = (program // blocks).to(tl.int64)
     col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = col < vocab
     z = tl.load(z_ptr + row * stride + col, mask=mask, other=0.0).to(tl.float32)
-    z, slope = _cap(z, softcap, scale, CAP)
+    z, slope = _cap(z, softcap, scale, CAP, SCALE)
     lse = tl.load(lse_ptr + row)
     p = tl.exp(z - lse)
     factor = 0.0
@@ -125,7 +128,9 @@ def _gradient(
         dz = p * factor
     if G_LOGP:
         dz += tl.where(col == tl.load(label_ptr + row), g_logp, 0.0)
-    tl.store(out_ptr + row * stride_out + col, (dz * slope).to(out_ptr.dtype.element_ty), mask=mask)
+    if CAP or SCALE:
+        dz *= slope
+    tl.store(out_ptr + row * stride_out + col, dz.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def stats(
@@ -140,7 +145,7 @@ def stats(
     settings = TABLE["loss_stats"]
     start(
         _stats, rows, z, labels, logp, lse, entropy, argmax, vocab, z.stride(0), softcap or 1.0, scale,
-        CAP=softcap is not None, ENTROPY=want_entropy, ARGMAX=want_argmax,
+        CAP=softcap is not None, SCALE=scale != 1.0, ENTROPY=want_entropy, ARGMAX=want_argmax,
         BLOCK=settings["block"], warps=settings["warps"],
     )  # fmt: skip
     return logp, lse, entropy, argmax
@@ -161,6 +166,7 @@ def gradient(
         _gradient, rows * blocks, z, out, labels, lse, unused if entropy is None else entropy,
         *(unused if g is None else g for g in (g_logp, g_lse, g_entropy)),
         vocab, blocks, z.stride(0), out.stride(0), softcap or 1.0, scale,
-        CAP=softcap is not None, G_LOGP=g_logp is not None, G_LSE=g_lse is not None, G_ENTROPY=g_entropy is not None,
+        CAP=softcap is not None, SCALE=scale != 1.0,
+        G_LOGP=g_logp is not None, G_LSE=g_lse is not None, G_ENTROPY=g_entropy is not None,
         BLOCK=settings["block"], warps=settings["warps"],
     )  # fmt: skip

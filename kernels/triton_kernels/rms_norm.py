@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import as_rows, row_block, start
+from .launch import as_rows, load_fp32, row_block, start, store_as
 
 
 @triton.jit
@@ -32,23 +32,26 @@ def _forward(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
     LLAMA: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (col < H)
-    x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
+    EVEN: tl.constexpr = H == BLOCK and ROWS == 1
+    x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
     if ADD:
-        r = tl.load(r_ptr + row * stride_r + col, mask=mask, other=0.0).to(tl.float32)
-        s = (x + r).to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + row * H + col, s, mask=mask)
+        s = (x + load_fp32(r_ptr + row * stride_r + col, mask, EVEN)).to(s_ptr.dtype.element_ty)
+        store_as(s_ptr + row * H + col, s, mask, EVEN)
         x = s.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / H + eps)[:, None]
-    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) * (1.0 / H) + eps)[:, None]
+    w = load_fp32(w_ptr + col, col < H, H == BLOCK)
+    if OFFSET:
+        w += offset
     xhat = x * rstd
     if LLAMA:
         xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + row * H + col, (xhat * w).to(y_ptr.dtype.element_ty), mask=mask)
+    store_as(y_ptr + row * H + col, xhat * w, mask, EVEN)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
@@ -71,28 +74,32 @@ def _backward(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    OFFSET: tl.constexpr,
     LLAMA: tl.constexpr,
     DW: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     first = program * rows_per_program
     col = tl.arange(0, BLOCK)[None, :]
-    w = tl.load(w_ptr + col, mask=col < H, other=0.0).to(tl.float32) + offset
+    EVEN: tl.constexpr = H == BLOCK and ROWS == 1
+    w = load_fp32(w_ptr + col, col < H, H == BLOCK)
+    if OFFSET:
+        w += offset
     if DW:
         dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for i in range(0, rows_per_program, ROWS):
-        row = first + i + tl.arange(0, ROWS)[:, None]
+    for top in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
+        row = top + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & (col < H)
-        dy = tl.load(dy_ptr + row * stride_dy + col, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + row * stride_x + col, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_ptr + row, mask=row < rows, other=0.0)
+        dy = load_fp32(dy_ptr + row * stride_dy + col, mask, EVEN)
+        x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
+        rstd = load_fp32(rstd_ptr + row, row < rows, ROWS == 1)
         xhat = x * rstd
         g = dy * w
-        mean = tl.sum(g * xhat, axis=1)[:, None] / H
+        mean = tl.sum(g * xhat, axis=1)[:, None] * (1.0 / H)
         dx = rstd * (g - xhat * mean)
         if ADD:
-            dx += tl.load(ds_ptr + row * stride_ds + col, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx_ptr + row * H + col, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            dx += load_fp32(ds_ptr + row * stride_ds + col, mask, EVEN)
+        store_as(dx_ptr + row * H + col, dx, mask, EVEN)
         if DW:
             if LLAMA:
                 xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
@@ -120,7 +127,7 @@ def forward(
     start(
         _forward, triton.cdiv(len(rows2d), rows), rows2d, added, weight.contiguous(), y, s, rstd, len(rows2d),
         rows2d.stride(0), added.stride(0), eps, offset,
-        H=width, BLOCK=block, ROWS=rows, ADD=add, LLAMA=casting == "llama", warps=warps,
+        H=width, BLOCK=block, ROWS=rows, ADD=add, OFFSET=offset != 0.0, LLAMA=casting == "llama", warps=warps,
     )  # fmt: skip
     return y, s, rstd
 
@@ -139,7 +146,8 @@ def backward(
     start(
         _backward, programs, dy2d, x2d, weight.contiguous(), rstd, ds2d, dx, dw, len(x2d), share,
         dy2d.stride(0), x2d.stride(0), ds2d.stride(0), offset,
-        H=width, BLOCK=block, ROWS=rows, ADD=ds is not None, LLAMA=casting == "llama", DW=want_dw,
+        H=width, BLOCK=block, ROWS=rows, ADD=ds is not None, OFFSET=offset != 0.0,
+        LLAMA=casting == "llama", DW=want_dw,
         warps=min(32, 2 * warps) if want_dw else warps,
     )  # fmt: skip
     return dx, dw.sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
