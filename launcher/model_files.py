@@ -23,7 +23,8 @@ from .model_layout import Layout, LinearLayer, read_dims
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit, so that a damaged length is not read as one
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "F32": "fp32", "F16": "fp16", "BF16": "bf16"}
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# Weights as torch.save writes them; optimizer.pt, training_args.bin and the like beside a model are none.
+PICKLE = re.compile(r"(pytorch_model|model|consolidated|adapter_model).*\.(bin|pt|pth|ckpt)|.*\.ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,9 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     else:
         files = [folder / "model.safetensors"]
     if not all(file.is_file() for file in files):
-        others = sorted(p.name for p in folder.iterdir() if p.suffix in (*PICKLES, ".gguf"))
-        if others and not any(folder.glob("*.safetensors")):
+        names = [p.name for p in folder.iterdir()]
+        other = any(name.endswith(".gguf") or PICKLE.fullmatch(name) for name in names)
+        if other and not any(name.endswith(".safetensors") for name in names):
             raise ModelError(_instead(folder))
         return None
     tensors: dict[str, Tensor] = {}
@@ -203,7 +205,7 @@ def _ignored(name: str, tied: bool) -> bool:
 def _instead(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir())
     gguf = next((n for n in names if n.endswith(".gguf")), None)
-    pickle = next((n for n in names if n.endswith(PICKLES)), None)
+    pickle = next((n for n in names if PICKLE.fullmatch(n)), None)
     if gguf:
         wanted = "give the Hugging Face folder (config.json and safetensors) that it was made from"
         return f"{folder} holds a GGUF file ({gguf}), which is for inference; {wanted}"

@@ -44,7 +44,7 @@ class LinearLayer:
 
     def chosen(self, targets: tuple[str, ...]) -> bool:
         """Whether PEFT's suffix rule picks it: the whole name, or its last dotted parts."""
-        if self.names:
+        if self.names:  # PEFT takes fused experts whole or not at all
             return all(any(t == n or t.endswith(f".{n}") for t in targets) for n in self.names)
         return any(self.name == t or self.name.endswith(f".{t}") for t in targets)
 
@@ -84,50 +84,42 @@ def layout(config: Config) -> Layout:
 
 
 def read_dims(config: Config, defaults: Config) -> dict[str, Any]:
-    """The dimensions under the names of ModelSpec, checked."""
-
-    def positive(key: str, fallback: Any = None) -> int:
-        value = config.get(key)
-        value = defaults.get(key) if value is None else value
-        value = fallback if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"config.json: {key} must be a positive whole number, not {value!r}")
-        return value
-
-    heads, hidden = positive("num_attention_heads"), positive("hidden_size")
-    if config.get("head_dim") is None and defaults.get("head_dim") is None and hidden % heads:
+    """The dimensions under the names of ModelSpec. Raises ModelError for one that is missing, wrong or at odds."""
+    given = {**defaults, **{key: value for key, value in config.items() if value is not None}}
+    heads, hidden = _positive(given, "num_attention_heads"), _positive(given, "hidden_size")
+    if given.get("head_dim") is None and hidden % heads:
         raise ModelError(
             f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}, and head_dim is missing"
         )
-    # Only an absent key takes the default; a null means "as many as query heads".
-    kv = (
-        positive("num_key_value_heads", heads)
-        if "num_key_value_heads" not in config
-        else config["num_key_value_heads"] or heads
-    )
+    # Only an absent key takes the family's default; a null means "as many as query heads".
+    alike = "num_key_value_heads" in config and config["num_key_value_heads"] is None
+    kv = heads if alike else _positive(given, "num_key_value_heads", heads)
     if heads % kv:
         raise ModelError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv}")
-    tied = config.get("tie_word_embeddings")
-    experts_key = "num_local_experts" if "num_local_experts" in {**defaults, **config} else "num_experts"
-    experts = positive(experts_key) if {**defaults, **config}.get(experts_key) else None
-    width = (
-        "moe_intermediate_size"
-        if experts and {**defaults, **config}.get("moe_intermediate_size")
-        else "intermediate_size"
-    )
+    experts_key = "num_local_experts" if "num_local_experts" in given else "num_experts"
+    experts = _positive(given, experts_key) if given.get(experts_key) else None
+    width = "moe_intermediate_size" if experts and "moe_intermediate_size" in given else "intermediate_size"
     return {
         "hidden_size": hidden,
-        "intermediate_size": positive(width),
-        "num_layers": positive("num_hidden_layers"),
+        "intermediate_size": _positive(given, width),
+        "num_layers": _positive(given, "num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": kv,
-        "head_dim": positive("head_dim", hidden // heads),
-        "vocab_size": positive("vocab_size"),
-        "tie_word_embeddings": bool(defaults.get("tie_word_embeddings", True) if tied is None else tied),
+        "head_dim": _positive(given, "head_dim", hidden // heads),
+        "vocab_size": _positive(given, "vocab_size"),
+        "tie_word_embeddings": bool(given.get("tie_word_embeddings", True)),
         "num_experts": experts,
-        "experts_per_token": positive("num_experts_per_tok") if experts else None,
-        "max_position_embeddings": positive("max_position_embeddings"),
+        "experts_per_token": _positive(given, "num_experts_per_tok") if experts else None,
+        "max_position_embeddings": _positive(given, "max_position_embeddings"),
     }
+
+
+def _positive(given: Config, key: str, fallback: int | None = None) -> int:
+    value = given.get(key)
+    value = fallback if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ModelError(f"config.json: {key} must be a positive whole number, not {value!r}")
+    return value
 
 
 def _flag(rule: bool | str, config: Config) -> bool:
@@ -160,7 +152,7 @@ def _linears(dims: Config, config: Config, family: Family) -> tuple[LinearLayer,
     sparse = layers - _dense_layers(config, layers)
     out = attention + _experts(h, f, dims["num_experts"], sparse, family.moe)
     if layers > sparse:  # PEFT renames gate, up and down to the experts' tensors, so these blocks stay without adapters
-        wide = int(config.get("intermediate_size") or family.defaults["intermediate_size"])
+        wide = _positive({**family.defaults, **config}, "intermediate_size")
         dense = layers - sparse
         out += (
             linear("mlp.gate_proj", h, wide, dense, 0),
@@ -202,8 +194,11 @@ def _experts(h: int, f: int, experts: int, layers: int, moe: str) -> tuple[Linea
 
 def _dense_layers(config: Config, layers: int) -> int:
     """Blocks of a mixture-of-experts model that have an ordinary MLP (Qwen's two keys; 0 elsewhere)."""
-    only, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step") or 1
-    return sum(1 for i in range(layers) if i in only or (i + 1) % step)
+    only = config.get("mlp_only_layers") or []
+    step = _positive(config, "decoder_sparse_step", 1)
+    if not isinstance(only, list):
+        raise ModelError(f"config.json: mlp_only_layers must be a list of block numbers, not {only!r}")
+    return sum(1 for block in range(layers) if block in only or (block + 1) % step)
 
 
 def _block_other(dims: Config, config: Config, family: Family) -> int:

@@ -1,8 +1,7 @@
-"""`ModelSpec`: the sizes of one model, and where they come from: a folder, the Hugging Face cache, the built-in table,
-the Hub.
+"""`ModelSpec`: the sizes of one model, and where they come from: a folder, the Hugging Face cache, a table, the Hub.
 
-Sizes only; no weight is read and nothing heavy imported, so that `plan` stays fast and works without a network. The
-rules of counting are in `model_families.py`, the files in `model_files.py`, the table in `models.json`.
+Sizes only; no weight is read and nothing heavy imported, so that `plan` stays fast and works without a network.
+Counting is in `model_layout.py`, families in `model_families.py`, files in `model_files.py`, a table in `models.json`.
 """
 
 from __future__ import annotations
@@ -76,9 +75,8 @@ class ModelSpec:
         for target in targets:
             if not any(_answers(layer, target) for layer in layers):
                 known = {n for layer in layers for n in (layer.names or (layer.name.rsplit(".", 1)[-1],))}
-                raise ModelError(
-                    f"lora.targets: {self.name} has no linear layer '{target}'{did_you_mean(target, known)}"
-                )
+                hint = did_you_mean(target, known)
+                raise ModelError(f"lora.targets: {self.name} has no linear layer '{target}'{hint}")
         for layer in self.linears:
             if len(layer.names) > 1 and not layer.chosen(targets) and any(_answers(layer, t) for t in targets):
                 both = " and ".join(layer.names)
@@ -112,7 +110,7 @@ def load_model_spec(model: Model, *, offline: bool | None = None) -> ModelSpec:
         raise ModelError(f"{model.name} is a file; give the folder that holds config.json and the safetensors")
     if not is_hub_id(model.name):
         raise ModelError(
-            f"there is no folder {model.name}, and it cannot be a Hub id (ORGANISATION/NAME); correct the path"
+            f"there is no folder {model.name}, and that is no Hub id (ORGANISATION/NAME); correct the path"
         )
     snapshot = files.cached_snapshot(model.name, model.revision)
     if snapshot is not None:
@@ -149,15 +147,15 @@ def _table_row(name: str) -> dict[str, Any] | None:
 
 
 def _answers(layer: LinearLayer, target: str) -> bool:
-    return any(
-        n == target or n.endswith(f".{target}") or target.endswith(f".{n}") for n in layer.names or (layer.name,)
-    )
+    """Whether a target means this layer, or for fused experts a part of it."""
+    if layer.names:
+        return any(target == name or target.endswith(f".{name}") for name in layer.names)
+    return layer.name == target or layer.name.endswith(f".{target}")
 
 
 def _offline_by_environment() -> bool:
-    return any(
-        os.environ.get(v, "").upper() in ("1", "ON", "YES", "TRUE") for v in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    yes = ("1", "ON", "YES", "TRUE")
+    return any(os.environ.get(name, "").upper() in yes for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
 
 
 def _from_folder(folder: Path, model: Model, source: Source, revision: str | None) -> ModelSpec:
@@ -227,8 +225,8 @@ def _not_found(name: str, why: str) -> str:
 
 
 def _from_hub(model: Model) -> ModelSpec:
-    """config.json only. One plain request decides whether the Hub answers: hf_hub_download repeats a failed one for 23
-    s (measured with huggingface_hub 2.4 and no name service)."""
+    """Fetches config.json only. One plain request finds out whether the Hub answers, because hf_hub_download repeats a
+    failed one for 23 s (measured with huggingface_hub 2.4 and no name service)."""
     try:
         from huggingface_hub import errors, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
@@ -251,6 +249,7 @@ def _from_hub(model: Model) -> ModelSpec:
         advice = "it may hold a GGUF or an adapter; give the model in Hugging Face layout"
         raise ModelError(f"{name}{at} has no config.json on the Hub; {advice}") from None
     except Exception as error:  # httpx, socket, proxy and disk errors have no common base
-        raise ModelError(_not_found(name, f"the Hub does not answer ({type(error).__name__}: {error})")) from None
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(_not_found(name, f"the Hub does not answer ({type(error).__name__}: {reason})")) from None
     folder = Path(path).parent
     return _from_folder(folder, model, "hub", folder.name)

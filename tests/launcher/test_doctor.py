@@ -135,6 +135,18 @@ def test_a_torch_that_does_not_fit_the_gpus(facts: dict, line: str, advice: str)
     assert found.status == "fail" and line in found.line and advice in found.advice
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_what_else_must_run(gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    facts = {"triton": {"error": "ImportError: libtriton.so"}, "bitsandbytes": {"line": "0.50.2, NF4 computes on cpu"}}
+    found = {check.name: check.status for check in checks._others(facts, gpu)}
+    if gpu:
+        assert found == {"triton runs": "fail", "bitsandbytes runs": "ok", "compiler": "warn"}
+    else:
+        assert found == {"triton runs": "warn", "bitsandbytes runs": "ok"}
+
+
 def test_a_busy_gpu_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     busy = Gpu(
         name="NVIDIA L4", uuid="GPU-2", memory_bytes=22 * GIB, free_bytes=9 * GIB, capability="8.9", driver="570.1"

@@ -113,6 +113,13 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
         load_model_spec(Model(name=str(tmp_path)))
 
 
+def test_a_folder_without_weights_is_enough_for_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SIZES}))
+    (tmp_path / "training_args.bin").write_bytes(b"PK")
+    spec = load_model_spec(Model(name=str(tmp_path)))
+    assert (spec.weights_bytes, spec.dtype) == (None, "fp32")
+
+
 def test_a_missing_shard_leaves_the_count_to_config_json(tmp_path: Path) -> None:
     model = saved(tmp_path, "llama", shard="20KB")
     next(tmp_path.glob("model-00002-*.safetensors")).unlink()

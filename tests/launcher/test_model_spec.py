@@ -222,13 +222,30 @@ def test_configs_that_are_refused(change: dict[str, Any], message: str, tmp_path
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
+KEYS = [*SMALL, *MORE["qwen3_moe"], "num_local_experts", "head_dim", "mlp_only_layers", "decoder_sparse_step", "dtype"]
+values = (
+    st.none() | st.booleans() | st.integers(-1, 9) | st.floats() | st.text(max_size=3) | st.lists(st.integers(0, 3))
+)
+
+
+@given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(KEYS), values, max_size=4))
+def test_any_config_is_counted_or_refused_in_a_sentence(family: str, change: dict[str, Any]) -> None:
+    try:
+        found = layout({"model_type": family, **SMALL, **MORE.get(family, {}), **change})
+    except ModelError as error:
+        assert str(error).startswith("config.json: ") and "\n" not in str(error)
+    else:
+        assert found.embedding_params > 0 and all(layer.params >= 0 for layer in found.linears)
+
+
 def test_unknown_targets_name_the_nearest(tmp_path: Any) -> None:
     spec = spec_of({"model_type": "llama", **SMALL}, tmp_path)
     with pytest.raises(ModelError, match="no linear layer 'q_prj'; did you mean 'q_proj'"):
         spec.lora_params(8, ("q_prj",))
     assert spec.lora_params(8, ("self_attn.q_proj",)) == spec.lora_params(8, ("q_proj",))
-    with pytest.raises(ModelError, match="no linear layer 'embed_tokens'"):
-        spec.lora_params(8, ("q_proj", "embed_tokens"))
+    for name in ("embed_tokens", "layers.0.self_attn.q_proj", "proj"):
+        with pytest.raises(ModelError, match=f"no linear layer '{name}'"):
+            spec.lora_params(8, ("q_proj", name))
 
 
 def test_nothing_anywhere_names_the_nearest_row_and_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
