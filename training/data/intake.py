@@ -25,7 +25,7 @@ from .layouts import Chat, Example, check_columns, convert, recognise, rename
 from .readers import RowError
 from .rendering import Renderer
 from .report import SourceReport
-from .store import Store, Writer, build_store, open_store
+from .store import Store, Writer, build_store
 from .tables import Numbered, Table, open_table
 
 _CHUNK = 1000  # rows tokenized in one call: 256 and 4,000 took the same CPU time per row (SmolLM2's tokenizer, 2 cores)
@@ -65,10 +65,8 @@ class Intake:
         check_columns(source.columns, source.path)
         table = open_table(source)
         key = digest(self._identity, table.digest(self.cache / "files"), source.format, dict(source.columns))
-        store = open_store(self.cache, key)
-        if store is None:
-            self.cached = False
-            store = build_store(self.cache, key, lambda writer: self._fill(writer, table, source))
+        store, made = build_store(self.cache, key, lambda writer: self._fill(writer, table, source))
+        self.cached &= not made
         meta = store.meta
         renderer = self.renderer if meta["chats"] else None
         self.template = self.template or renderer

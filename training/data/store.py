@@ -87,16 +87,16 @@ def open_store(cache: Path, key: str) -> Store | None:
     return Store(key=key, ids=ids, mask=mask, samples=samples, meta=meta)
 
 
-def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> Store:
-    """Opens the entry, or makes it: `fill` adds the samples and returns what meta.json is to hold. What fill raises
-    goes through, and nothing stays behind."""
+def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> tuple[Store, bool]:
+    """(the entry, whether this call made it). `fill` adds the samples and returns what meta.json is to hold; what it
+    raises goes through, and nothing stays behind. Raises DataError when the cache cannot be written."""
     if store := open_store(cache, key):
-        return store
+        return store, False
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache / f"{key}.lock"):
             if store := open_store(cache, key):  # another process made it while we waited
-                return store
+                return store, False
             _remove_abandoned(cache)
             _make(cache, key, fill)
     except OSError as error:
@@ -110,7 +110,7 @@ def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]])
         raise
     store = open_store(cache, key)
     assert store is not None, f"{cache / key} was just written"
-    return store
+    return store, True
 
 
 def _make(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ out: globs and compressed files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -147,8 +148,9 @@ def _file_digest(path: Path, memo: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}.") from None
     if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
-        memo.mkdir(parents=True, exist_ok=True)
-        beside = note.with_suffix(f".{os.getpid()}")
-        beside.write_text(digest.hexdigest())
-        beside.replace(note)
+        with contextlib.suppress(OSError):  # only saves time; a cache that cannot be written is reported by the store
+            memo.mkdir(parents=True, exist_ok=True)
+            beside = note.with_suffix(f".{os.getpid()}")
+            beside.write_text(digest.hexdigest())
+            beside.replace(note)
     return digest.hexdigest()
