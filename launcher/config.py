@@ -47,7 +47,7 @@ def build_config(
     """The same from a mapping, as notebooks write it; `tree` is not changed."""
     tree = _expand(tree)
     for override in overrides:
-        _apply(tree, override)
+        tree = _expand(_apply(tree, override))
     tree.setdefault("output", default_output)
     try:
         return TrainConfig.model_validate(tree)
@@ -65,7 +65,13 @@ def json_schema() -> Tree:
     schema = TrainConfig.model_json_schema()
     for section in SHORTHAND:
         schema["properties"][section] = {"anyOf": [schema["properties"][section], {"type": "string"}]}
-    schema["properties"]["data"]["anyOf"].append({"type": "array", "items": {"type": ["string", "object"]}})
+    source = {"anyOf": [{"type": "string"}, {"$ref": "#/$defs/Source"}]}
+    rows = [*source["anyOf"], {"type": "array", "items": source, "minItems": 1}]
+    data = schema["$defs"]["Data"]["properties"]
+    data["train"] = {"anyOf": rows, "description": data["train"]["description"]}
+    share = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "default": data["eval"]["default"]}
+    data["eval"] = {"anyOf": [share, *rows], "description": data["eval"]["description"]}
+    schema["properties"]["data"]["anyOf"].append(rows[-1])
     schema["properties"]["output"]["default"] = "runs/NAME"
     schema["required"] = ["model", "data"]
     schema["title"] = "Trebuchet training configuration"
@@ -90,7 +96,9 @@ def _parse(text: str, source: str) -> tuple[Tree, dict[tuple[str, ...], int]]:
     return tree, lines
 
 
-def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]) -> Iterator[tuple[tuple[str, ...], int]]:
+def _walk(
+    node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], int]
+) -> Iterator[tuple[tuple[str, ...], int]]:
     """Fills `lines` with the line of every key; yields the keys that stand twice in one mapping."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
@@ -106,9 +114,12 @@ def _walk(node: yaml.Node, path: tuple[str, ...], lines: dict[tuple[str, ...], i
 
 
 def _expand(tree: Tree) -> Tree:
-    """A deep copy with shorthands written out, so that `--set model.dtype=bf16` works on `model: NAME`."""
+    """A deep copy with shorthands written out, so that `--set model.dtype=bf16` works on `model: NAME`. A section without a
+    value is a heading whose keys are commented out: its defaults."""
     out: Tree = {}
     for key, value in tree.items():
+        if value is None and key in TrainConfig.model_fields:
+            continue
         if key in SHORTHAND and value is not None and not isinstance(value, dict):
             value = {SHORTHAND[key]: value}
         out[str(key)] = _copy(value)
@@ -126,7 +137,7 @@ def _copy(value: Any) -> Any:
     return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _apply(tree: Tree, override: str) -> None:
+def _apply(tree: Tree, override: str) -> Tree:
     path, equals, raw = override.partition("=")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", path.strip()):
         raise ConfigError([f"--set {override!r}: write it as section.key=value"])
@@ -144,10 +155,9 @@ def _apply(tree: Tree, override: str) -> None:
         if not _index(here, leaf):
             raise ConfigError([f"--set {path}: the list has {len(here)} entries, counted from 0"])
         here[int(leaf)] = value
-    elif not parents and leaf in SHORTHAND and not isinstance(value, dict):
-        here[leaf] = {SHORTHAND[leaf]: value}
     else:
         here[leaf] = value
+    return tree
 
 
 def _index(items: Any, name: str) -> bool:
@@ -158,8 +168,11 @@ def _problems(error: ValidationError, lines: dict[tuple[str, ...], int]) -> Iter
     """One sentence per wrong key: several complaints about one key (the arms of a union) are joined by 'or'."""
     grouped: dict[tuple[str, ...], list[Any]] = {}
     for item in error.errors():
-        grouped.setdefault(_real_path(item["loc"]), []).append(item)
+        path = _real_path(item["loc"], key_last=item["type"] in ("extra_forbidden", "missing"))
+        grouped.setdefault(path, []).append(item)
     for path, items in grouped.items():
+        if items[0]["type"] == "too_short" and any(p[: len(path)] == path for p in grouped if p != path):
+            continue  # pydantic counts the entries that were right
         line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
         where = f"line {line}: " if line else ""
         yield f"{where}{'.'.join(path)}: {_sentence(path, items)}"
@@ -171,10 +184,14 @@ def _sentence(path: tuple[str, ...], items: list[Any]) -> str:
         return f"unknown key{_suggest(path)}"
     if first["type"] == "missing":
         return "missing"
+    if first["type"] in ("too_short", "string_too_short"):
+        return "must not be empty"
     wants = []
     for item in items:
-        text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        text = text.replace("a valid tuple", "a list").replace("a valid ", "a ")
+        text = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ").split(", unable to parse")[0]
+        text = re.sub(r"a valid dictionary or instance of \w+", "keys and values", text)
+        for theirs, ours in (("a valid tuple", "a list"), ("a valid integer", "a whole number"), ("a valid ", "a ")):
+            text = text.replace(theirs, ours)
         if text not in wants:
             wants.append(text)
     if first["type"] == "value_error":
@@ -209,14 +226,12 @@ def _section(path: Sequence[str]) -> type[BaseModel] | None:
     return section
 
 
-def _real_path(loc: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Pydantic's location without the names of union arms, which are not keys of the file."""
+def _real_path(loc: tuple[int | str, ...], *, key_last: bool) -> tuple[str, ...]:
+    """Pydantic's location without the names of union arms, which are not keys of the file. `key_last`: its end surely is one."""
     out: list[str] = []
-    for part in loc:
+    for part in loc[: len(loc) - key_last]:
         section = _section(out)
         last_is_field = bool(out) and section is None and not out[-1].isdigit()
-        if isinstance(part, int) or (section is not None and (part in section.model_fields or part.isidentifier())):
+        if isinstance(part, int) or (section is not None and (part in section.model_fields or part.isidentifier())) or (last_is_field and out[-1] == "columns"):
             out.append(str(part))
-        elif last_is_field and out[-1] == "columns":
-            out.append(str(part))
-    return tuple(out)
+    return (*out, *(str(part) for part in loc[len(loc) - key_last :]))
