@@ -83,10 +83,10 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     product = f * e if _keeps_input(r, "down") else 0
     down_copies = _adapter_copies(r, ("down",))
     inputs = _adapter_copies(r, ("gate", "up")) + down_copies
-    mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r)
+    mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r) + _fused_inputs(r)
     transient = _product_transient(r)
     share = k / m.experts
-    ends = 2.0 * h * e
+    ends = (1.0 if r.kernels == "trebuchet" else 2.0) * h * e  # ours recomputes without the output (not reentrant)
     if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
         mlp += k * h * e
         ends += (2 + 2 * share) * h * e
@@ -146,10 +146,10 @@ def _cast_for_down(r: MemoryRequest) -> int:
 
 def _keeps_input(r: MemoryRequest, target: str) -> bool:
     """Whether a projection keeps the tensor it reads itself (not a copy)."""
+    if r.kernels == "trebuchet" and target == "down":  # formed again in backward, unless dropout splits the MLP
+        return r.adapters and target in (r.lora_targets or ()) and _copies_input(r)
     if not r.adapters or (r.kernels == "chunked-ce" and target == "down"):
         return True
-    if r.kernels == "trebuchet" and target == "down":
-        return False  # formed again in backward
     return target in (r.lora_targets or ()) and not _copies_input(r)
 
 
@@ -168,6 +168,8 @@ def _adapter_copies(r: MemoryRequest, targets: tuple[str, ...]) -> float:
         return 0.0
     shapes = r.model.linear_shapes
     if not _copies_input(r):  # one shared input for q, k, v and one for gate, up; attention already keeps o's
+        if r.kernels == "trebuchet":
+            return 0.0
         firsts = {
             ("h" if t in ("q", "k", "v") else "g"): shapes[t][0] for t in chosen if t in ("q", "k", "v", "gate", "up")
         }
@@ -181,6 +183,14 @@ def _adapter_copies(r: MemoryRequest, targets: tuple[str, ...]) -> float:
     if r.method == "qlora" and r.kernels in ("ce", "fused") and "o" in chosen:
         total -= shapes["o"][0] * copy  # fused LoRA kernels of those stacks read the attention output in place
     return total
+
+
+def _fused_inputs(r: MemoryRequest) -> float:
+    """Bytes a token: this project's LoRA and MLP operations keep the input they share, beside any dropped copy."""
+    if r.kernels != "trebuchet" or not r.adapters:
+        return 0.0
+    read = 1 + any(target in (r.lora_targets or ()) for target in ("q", "k", "v"))
+    return float(read * r.model.hidden_size * hidden_width(r))
 
 
 def _stack_copies(r: MemoryRequest) -> float:
@@ -199,7 +209,8 @@ def _fused_swiglu(r: MemoryRequest) -> bool:
 def _product_transient(r: MemoryRequest) -> int:
     """MLP-wide tensors alive beside the kept ones when the gated product is differentiated."""
     if r.kernels == "trebuchet":  # upstream, both gradients, and the product formed again for an adapter on down
-        return 4 if r.adapters and "down" in (r.lora_targets or ()) else 3
+        again = not r.adapters or ("down" in (r.lora_targets or ()) and not _copies_input(r))
+        return 4 if again else 3
     return 1 if _fused_swiglu(r) else 3  # Liger writes both gradients over its inputs
 
 
