@@ -56,7 +56,7 @@ def update(folder: RunFolder, **changes: Any) -> dict[str, Any]:
         record = read(folder)
         attempt = changes.pop("attempt", None)
         record.update(changes)
-        if attempt is not None:
+        if attempt is not None and record["attempts"]:  # none: the ranks were started by hand
             record["attempts"][-1].update(attempt)
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return record

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Auto = Literal["auto"]
 
@@ -111,7 +111,13 @@ class Optimization(Section):
         return self
 
 
-Every = Annotated[float, Field(gt=0)]
+def _share_or_steps(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("a share of the run below 1 or a whole number of steps")
+    return value
+
+
+Every = Annotated[float, Field(gt=0), AfterValidator(_share_or_steps)]
 
 
 class Evaluation(Section):

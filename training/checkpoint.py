@@ -100,9 +100,10 @@ def check(path: Path) -> str | None:
     """None when every file of the manifest is there with its size and hash; else what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = [(str(name), int(size), str(digest)) for name, (size, digest) in manifest.items()]
+    except (OSError, ValueError, TypeError, AttributeError):
         return "it has no readable manifest, so it was not written to its end"
-    for name, (size, digest) in manifest.items():
+    for name, size, digest in entries:
         file = path / name
         if not file.exists() or file.stat().st_size != size:
             return f"{name} is missing or has another size than in the manifest"
