@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import record, stopping
 from .errors import JobFailed, TrebuchetError, UserError
 from .plan import Chosen, Plan
 from .run_folder import RunFolder
@@ -33,6 +33,7 @@ STOPPED = 75  # EX_TEMPFAIL: stopped at a step boundary with a checkpoint; `resu
 def main(run: str) -> int:
     folder = RunFolder(Path(run))
     rank = int(os.environ.get("RANK", "0"))
+    stopping.listen()
     folder.logs.mkdir(exist_ok=True)
     sys.stderr = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
     drop_harmless_lines()
@@ -68,7 +69,6 @@ def train(folder: RunFolder, plan: Plan) -> bool:
     )
     runtime = rt.Runtime(plan, folder, accelerator)
     check_hardware(runtime.world, runtime.device.type, chosen)
-    runtime.listen()
     accelerator.init_trackers("trebuchet", config=flat(plan.config.model_dump(mode="json")))
     try:
         from ..training.session import Session

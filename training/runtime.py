@@ -6,20 +6,18 @@ Left out: sharding. accelerate gives the process group and the device and nothin
 from __future__ import annotations
 
 import os
-import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from ..launcher import stopping
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @dataclass
@@ -27,7 +25,6 @@ class Runtime:
     plan: Plan
     folder: RunFolder
     accelerator: Accelerator
-    stop_signal: int | None = field(default=None, init=False)
 
     @property
     def rank(self) -> int:
@@ -58,17 +55,9 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    def listen(self) -> None:
-        """From here on a stop signal is a wish, granted at the next step boundary."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
-
     def stopping(self) -> bool:
         """Whether any rank was asked to stop, by signal or by the file RUN/stop; every rank gets the same answer."""
-        wish = self.stop_signal is not None or (self.main and self.folder.stop.exists())
+        wish = stopping.wished() is not None or (self.main and self.folder.stop.exists())
         return self.total(float(wish))[0] > 0
 
 

@@ -245,9 +245,8 @@ def test_submitted_followed_and_cancelled(tmp_path: Path, tiny_config: Callable[
     assert record_of(run)["attempts"][0]["handle"] == handle.handle
     assert api.current_state(open_run(str(run))) == JobState.RUNNING
     assert cli.main(["cancel", str(run)]) == 0
-    assert any(
-        "stopped after step" in line for line in logs.lines(open_run(str(run)), follow=True)
-    )  # returns when it has ended
+    followed = list(logs.lines(open_run(str(run)), follow=True))  # returns when it has ended
+    assert any("stopped after step" in line for line in followed)
     found = record_of(run)
     assert found["state"] == "CANCELLED" and found["attempts"][0]["last_step"] == found["step"] >= 2
 
