@@ -75,7 +75,7 @@ class MemoryEstimate:
 
 
 def estimate(request: MemoryRequest) -> MemoryEstimate:
-    """Peak memory of one GPU and of one node for `request`. Pure; 50 to 70 microseconds (measured, one Zen 4 core)."""
+    """Peak memory of one GPU and of one node for `request`. Pure; 50 to 70 microseconds on one server core (measured)."""
     s, a = states(request), activations(request)
     moments = _moments(request, s, a)
     phases: dict[str, int] = {}
