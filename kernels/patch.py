@@ -228,12 +228,12 @@ def _heads(model: AnyModule) -> tuple[list[nn.Module], str | None]:
 def _patch_attention_choice(model: AnyModule) -> str:
     chosen = model.config._attn_implementation
     device = next(model.parameters()).device.type
-    if chosen != "sdpa" or device != "cpu":
+    if chosen != "sdpa" or device not in ("cpu", "meta"):
         return f"{chosen}, transformers' own"
     patch_documents.register()
     _install(model, kernel_attention_before=chosen)
     model.config._attn_implementation = patch_documents.NAME
-    return f"{patch_documents.NAME}: packed rows as one causal product per document, else transformers' sdpa"
+    return f"{patch_documents.NAME}: on a CPU packed rows as one causal product per document, else transformers' sdpa"
 
 
 def _drops(layer: AnyModule) -> bool:

@@ -49,9 +49,11 @@ def lengths_of(position_ids: Tensor) -> list[list[int]] | None:
 
 
 @contextlib.contextmanager
-def by_document(lengths: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Inside, `NAME` builds no mask unless a sliding window is shorter than the longest of these documents."""
-    previous, _state.longest = getattr(_state, "longest", None), max(max(row) for row in lengths)
+def unmasked(longest: int) -> Iterator[None]:
+    """Inside, `NAME` builds no mask unless a sliding window is shorter than `longest`, the tokens of the longest
+    document.
+    """
+    previous, _state.longest = getattr(_state, "longest", None), longest
     try:
         yield
     finally:

@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 
 from . import functional
 from .functional import TokenLoss
-from .patch_documents import by_document, lengths_of
+from .patch_documents import lengths_of, unmasked
 from .patch_match import AnyModule
 
 
@@ -58,10 +58,14 @@ def causal_lm_forward(
     token_entropy: bool = False, token_argmax: bool = False, **kwargs,
 ):  # fmt: skip
     """The model's forward, which also takes token_labels; see the head of this file."""
-    lengths = _document_lengths(self, kwargs)
+    if token_labels is not None and kwargs.get("use_cache") is None:
+        kwargs["use_cache"] = (
+            False  # with a cache transformers does not look for packed rows, and documents see each other
+        )
+    lengths, longest = _documents(self, input_ids, kwargs)
     if lengths is not None:
         kwargs["document_lengths"] = lengths
-    with by_document(lengths) if lengths is not None else nullcontext():
+    with unmasked(longest) if longest is not None else nullcontext():
         if token_labels is None:
             return type(self).forward(self, input_ids, *args, **kwargs)
         if args or kwargs.get("labels") is not None or kwargs.get("logits_to_keep"):
@@ -78,13 +82,18 @@ def causal_lm_forward(
         return _from_hidden(self, input_ids, kwargs, wanted)
 
 
-def _document_lengths(self: AnyModule, kwargs: dict) -> list[list[int]] | None:
-    if not self.kernel_by_document or torch.compiler.is_compiling() or kwargs.get("position_ids") is None:
-        return None
-    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache", self.config.use_cache)
-    if cached or kwargs.get("attention_mask") is not None:
-        return None
-    return lengths_of(kwargs["position_ids"])
+def _documents(self: AnyModule, input_ids: Tensor | None, kwargs: dict) -> tuple[list[list[int]] | None, int | None]:
+    """(document lengths of packed rows, tokens of the longest); (None, None) where transformers shall see to the mask."""
+    if not self.kernel_by_document or torch.compiler.is_compiling() or kwargs.get("attention_mask") is not None:
+        return None, None
+    cached = self.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+    if cached or kwargs.get("past_key_values") is not None:
+        return None, None
+    given = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+    if kwargs.get("position_ids") is None:
+        return None, None if given is None else given.shape[1]  # each row is one document, whatever the values
+    lengths = lengths_of(kwargs["position_ids"])
+    return lengths, None if lengths is None else max(max(row) for row in lengths)
 
 
 def _from_hidden(self: AnyModule, input_ids: Tensor | None, kwargs: dict, wanted: dict) -> TokenLossOutput:

@@ -161,7 +161,7 @@ class _Unannotated(ast.NodeTransformer):
 
 def activation_name(function: Callable) -> str | None:
     """ "silu", "gelu" or "gelu_tanh" if the activation computes that (judged by its values), else None."""
-    x = torch.linspace(-6, 6, 97, dtype=torch.float64)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float64, device="cpu")
     wanted = {
         "silu": nn.functional.silu(x),
         "gelu": nn.functional.gelu(x),

@@ -1,0 +1,136 @@
+"""Memory of one training step without the memory: run it on fake tensors and add up their storages.
+
+Forward, backward and optimizer of the real model code run under torch's FakeTensorMode, where tensors have shapes,
+dtypes and storages but no data, and every storage that comes into being is counted until it dies. What comes out is
+what an allocator without rounding, caching or fragmentation would hold; kernels' own scratch space (cuBLAS workspaces,
+NCCL buffers) is not seen. An 8B model takes seconds and about 1 GiB of host memory.
+
+Leaves out what ranks exchange: one process, no sharding. Knows nothing of kernels: hand it a model that was patched, or
+not. Quantized weights: see `fake_nf4`.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMemory:
+    """Bytes. Peaks and `kept_by_forward` are above the weights (parameters and buffers)."""
+
+    weights_bytes: int
+    kept_by_forward_bytes: int  # alive when the forward pass ends: activations, and what the loss keeps
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    optimizer_peak_bytes: int  # of the first step: gradients, fresh states, and the step's own temporaries
+    gradients_bytes: int
+    optimizer_state_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.forward_peak_bytes, self.backward_peak_bytes, self.optimizer_peak_bytes)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make while it is entered, each until it is freed.
+
+    Enter it inside a FakeTensorMode. `live_bytes` is now, `peak_bytes` the most since the start or the last
+    `restart_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._seen: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, FakeTensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self._seen.get(key)
+        if known is None:
+            weakref.finalize(storage, self._freed, key)
+        if known != size:  # new, or resized
+            self._seen[key] = size
+            self.live_bytes += size - (known or 0)
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+
+    def _freed(self, key: int) -> None:
+        self.live_bytes -= self._seen.pop(key, 0)
+
+    def restart_peak(self) -> None:
+        self.peak_bytes = self.live_bytes
+
+
+def step_memory(
+    build: Callable[[], nn.Module],
+    loss: Callable[[nn.Module], Tensor],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    *,
+    device: str = "cpu",
+) -> StepMemory:
+    """Memory of the first step. `build` runs with the meta device as default and returns the model, adapted and in its
+    dtypes.
+
+    `loss(model)` makes its batch inside and returns the scalar; it runs in the fake world, so nothing in it may depend
+    on values. `optimizer(trainable parameters)` defaults to AdamW as torch makes it on a GPU (foreach). Raises what the
+    model code raises when it looks at a value.
+    """
+    with torch.device("meta"):
+        model = build()
+    tracker = StorageTracker()
+    with FakeTensorMode(allow_non_fake_inputs=False), tracker, torch.device(device):
+        materialize(model, device)
+        weights = tracker.live_bytes
+        tracker.restart_peak()
+        value = loss(model)
+        kept, forward = tracker.live_bytes - weights, tracker.peak_bytes - weights
+        tracker.restart_peak()
+        value.backward()
+        del value
+        backward = tracker.peak_bytes - weights
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        gradients = tracker.live_bytes - weights
+        tracker.restart_peak()
+        made = torch.optim.AdamW(trainable, foreach=True) if optimizer is None else optimizer(trainable)
+        made.step()
+        stepped = tracker.peak_bytes - weights
+        states = tracker.live_bytes - weights - gradients
+    return StepMemory(
+        weights_bytes=weights,
+        kept_by_forward_bytes=kept,
+        forward_peak_bytes=forward,
+        backward_peak_bytes=backward,
+        optimizer_peak_bytes=stepped,
+        gradients_bytes=gradients,
+        optimizer_state_bytes=states,
+    )
+
+
+def materialize(model: nn.Module, device: str) -> None:
+    """Replace every parameter and buffer by an empty tensor of its shape, dtype and strides; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for slots in (module._parameters, module._buffers):
+            for name, tensor in slots.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    made[id(tensor)] = (
+                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                    )
+                slots[name] = made[id(tensor)]  # type: ignore[assignment]
