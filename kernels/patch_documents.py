@@ -80,9 +80,10 @@ def _attend(
         document_lengths = [document_lengths[0]] * len(query)
     grouped = key.shape[1] != query.shape[1]
     rows = []
-    for at, lengths in enumerate(document_lengths):
-        # split, not slices: the backward pass of split is one concatenation, that of n slices n sums of whole rows.
-        parts = zip(*(t[at : at + 1].split(list(lengths), dim=2) for t in (query, key, value)), strict=True)
+    # split, not slices: the backward pass of split is one concatenation, that of n slices n sums of whole tensors.
+    every = zip(document_lengths, query.split(1), key.split(1), value.split(1), strict=True)
+    for lengths, *row in every:
+        parts = zip(*(t.split(list(lengths), dim=2) for t in row), strict=True)
         done = [
             F.scaled_dot_product_attention(
                 q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=grouped
