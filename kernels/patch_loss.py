@@ -83,7 +83,7 @@ def causal_lm_forward(
 
 
 def _documents(self: AnyModule, input_ids: Tensor | None, kwargs: dict) -> tuple[list[list[int]] | None, int | None]:
-    """(document lengths of packed rows, tokens of the longest); (None, None) where transformers shall see to the mask."""
+    """(document lengths of packed rows, tokens of the longest); (None, None) where transformers sees to the mask."""
     if not self.kernel_by_document or torch.compiler.is_compiling() or kwargs.get("attention_mask") is not None:
         return None, None
     cached = self.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -91,7 +91,8 @@ def _documents(self: AnyModule, input_ids: Tensor | None, kwargs: dict) -> tuple
         return None, None
     given = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
     if kwargs.get("position_ids") is None:
-        return None, None if given is None else given.shape[1]  # each row is one document, whatever the values
+        # Each row is one document, whatever the values.
+        return None, None if given is None else given.shape[1]
     lengths = lengths_of(kwargs["position_ids"])
     return lengths, None if lengths is None else max(max(row) for row in lengths)
 
