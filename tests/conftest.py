@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny model that is real in every file (config, weights, tokenizer, template), and rows to train it on."""
+"""Shared by all tests: a tiny model, real in every file (config, weights, tokenizer, template), and rows for it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from trebuchet.training.session import Session
 
 # Before anything imports them: no test may reach for the network, nor print bars.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# One thread: the models are tiny, and threads that wait for each other on a busy machine are ten times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -39,7 +44,7 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 2 layers and hidden size 64 (what NF4's blocks divide) in fp32, with a byte-level BPE tokenizer of its own."""
+    """A Llama of 2 layers and hidden size 64 (which NF4's blocks divide) in fp32, with a byte-level BPE tokenizer."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -66,8 +71,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, dtype="float32", bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True, dtype="float32",
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -106,5 +111,23 @@ def tiny_config(tiny_model: Path, rows_file: Path, held_out_file: Path) -> Calla
             section, _, key = path.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[key] = value
         return tree | top
+
+    return build
+
+
+@pytest.fixture
+def session(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., Session]:
+    """A `Session` of the tiny run in this process, with its run folder, and nothing trained yet."""
+
+    def build(changes: Mapping[str, Any] | None = None, **top: Any) -> Session:
+        from accelerate import Accelerator
+        from trebuchet.launcher import api
+        from trebuchet.training.runtime import Runtime
+        from trebuchet.training.session import Session
+
+        output = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        folder, plan = api.begin(tiny_config({"tracking": [], **(changes or {})}, output=str(output), **top))
+        (folder.logs).mkdir()
+        return Session(Runtime(plan, folder, Accelerator(cpu=True)))
 
     return build
