@@ -117,8 +117,8 @@ def _attention(r: MemoryRequest) -> tuple[float, float, float]:
         return per_token + 4 * m.num_heads, 0.0, 0.0
     scores = float(r.rows * m.num_heads * r.seq_len**2)
     kept, peak = (4, C["eager_score_bytes_fp32"]) if e == 4 else (6, C["eager_score_bytes_16bit"])
-    mask = e * r.rows * r.seq_len**2
-    return per_token, kept * scores + mask, peak * scores + mask
+    mask = e * r.rows * r.seq_len**2  # one for all layers
+    return per_token, kept * scores, peak * scores + mask
 
 
 def _norms(r: MemoryRequest) -> float:

@@ -95,8 +95,10 @@ def other_width(r: MemoryRequest) -> int:
     """Bytes of a weight of embedding, head and norms when the base is frozen.
 
     `prepare_model_for_kbit_training` (PEFT) holds them in fp32; that is what fp16-mixed over a 4-bit base means here.
+    This project does not call it: its kernels take 16-bit norms and heads and compute in fp32 inside.
     """
-    return 4 if r.method in ("qlora", "lora8") and r.precision == "fp16-mixed" else compute_width(r)
+    kbit = r.method in ("qlora", "lora8") and r.precision == "fp16-mixed" and r.kernels != "trebuchet"
+    return 4 if kbit else compute_width(r)
 
 
 def states(r: MemoryRequest) -> States:
