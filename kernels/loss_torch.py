@@ -52,21 +52,25 @@ def softmax_rows(
         _capped(z.copy_(logits[block]), softcap, logit_scale)
         torch.softmax(z, -1, out=p)
         # p at the maximum is 1 / sum exp(z - max), never below 1 / V, so its logarithm is exact to fp32.
-        lse_b = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log_()
-        lse[block] = lse_b.squeeze(1)
-        logp[block] = (z.gather(1, y) - lse_b).squeeze(1)
+        top, log_sum = z.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_().neg_()
+        lse[block] = (top + log_sum).squeeze(1)
+        logp[block] = (z.gather(1, y) - top - log_sum).squeeze(1)
         if want_argmax:
             argmax[block] = z.argmax(-1)
+        slope = None if softcap is None or grads is None else (z / softcap).square_().neg_().add_(1.0)
         entropy_b = None
         if want_entropy or g_entropy is not None:
-            z.clamp_(min=torch.finfo(dtype).min)  # 0 * -inf would be nan
-            entropy_b = lse_b - torch.linalg.vecdot(p, z).unsqueeze(1)
+            # Relative to the maximum, so that logits of 1e4 leave the entropy its digits; and 0 * -inf would be nan.
+            z.sub_(top).clamp_(min=torch.finfo(dtype).min)
+            entropy_b = log_sum - torch.linalg.vecdot(p, z).unsqueeze(1)
             if want_entropy:
                 entropy[block] = entropy_b.squeeze(1)
         if grads is not None:
             assert out is not None
             g = [x[block].to(dtype).unsqueeze(1) if x is not None else None for x in grads]
-            _gradient(z, p, y, lse_b, entropy_b, g, softcap, logit_scale)
+            _gradient(z, p, y, log_sum, entropy_b, g, slope)
+            if logit_scale != 1.0:
+                p.mul_(logit_scale)
             out[block] = p
     return logp, lse, entropy, argmax
 
@@ -81,28 +85,24 @@ def _gradient(
     z: Tensor,
     p: Tensor,
     y: Tensor,
-    lse: Tensor,
+    log_sum: Tensor,
     entropy: Tensor | None,
     g: list[Tensor | None],
-    softcap: float | None,
-    scale: float,
+    slope: Tensor | None,
 ) -> None:
-    """p <- the gradient with respect to the uncapped, unscaled logits; z is used up."""
+    """p <- the gradient with respect to the unscaled logits; z, relative to its maximum with `entropy`, is used up."""
     g_logp, g_lse, g_entropy = g
-    coefficient = torch.zeros_like(lse)
+    coefficient = torch.zeros_like(log_sum)
     if g_logp is not None:
         coefficient -= g_logp
     if g_lse is not None:
         coefficient += g_lse
-    slope = None if softcap is None else (z / softcap).square_().neg_().add_(1.0)
     if g_entropy is not None:
         assert entropy is not None
-        p.mul_(z.sub_(lse - entropy).mul_(-g_entropy).add_(coefficient))
+        p.mul_(z.sub_(log_sum - entropy).mul_(-g_entropy).add_(coefficient))
     else:
         p.mul_(coefficient)
     if g_logp is not None:
         p.scatter_add_(1, y, g_logp)
     if slope is not None:
         p.mul_(slope)
-    if scale != 1.0:
-        p.mul_(scale)
