@@ -101,7 +101,8 @@ PATTERNS: dict[str, Pattern] = {
 }
 
 _ROLES = {
-    "RMSNorm": "norm",
+    "Norm": "norm",
+    "Experts": "experts",
     "Attention": "attention",
     "MLP": "mlp",
     "DecoderLayer": "block",
