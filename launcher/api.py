@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import record
+from . import backends, record
 from .cluster import Cluster, load_cluster
 from .config import build_config, dump_config, load_config
 from .errors import JobFailed, NothingFits, RunError, SchedulerRefused
@@ -45,32 +45,50 @@ def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides:
 
 def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:
     """Trains on this machine, in the foreground, through accelerate. Raises JobFailed when the run fails or is stopped."""
-    folder, decided = begin(config, overrides=overrides)
+    folder, decided = begin(config, overrides=overrides, here=True)
     return _finish(folder, decided)
 
 
 def submit(config: ConfigLike, *, cluster: str | None = None, overrides: Sequence[str] = ()) -> JobHandle:
     """Hands the job to the cluster's scheduler and returns at once."""
     folder, decided = begin(config, cluster=cluster, overrides=overrides)
-    from . import local
-
-    return local.submit(folder, decided)
+    handle: JobHandle = backends.of_plan(decided).submit(folder, decided)
+    return handle
 
 
 def resume(run: str) -> JobHandle:
-    """Goes on with a run from its newest valid checkpoint, with its own plan."""
+    """Goes on with a run from its newest valid checkpoint, with its own plan: here, or again in the queue of its scheduler."""
+    folder, decided = resumable(run)
+    if decided.cluster.scheduler == "local":
+        return _finish(folder, decided)
+    handle: JobHandle = backends.of_plan(decided).submit(folder, decided)
+    return handle
+
+
+def resumable(run: str) -> tuple[RunFolder, Plan]:
+    """An existing run that has ended early, and its plan."""
     folder = open_run(run)
     refuse_to_resume(folder)
-    return _finish(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+    return folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
 
 
-def begin(config: ConfigLike, *, cluster: str | None = None, overrides: Sequence[str] = ()) -> tuple[RunFolder, Plan]:
-    """Every check, then the run folder with train.yaml, plan.json and run.json: ready for a scheduler."""
+def begin(
+    config: ConfigLike, *, cluster: str | None = None, overrides: Sequence[str] = (), here: bool = False
+) -> tuple[RunFolder, Plan]:
+    """Every check, then the run folder with train.yaml, plan.json and run.json: ready for a scheduler.
+
+    `here`: the run is to be started on this machine, so a plan for another one's scheduler is refused.
+    """
     checked = _config(config, overrides)
     folder = new_run(checked.output)
     decided = plan(checked, cluster=cluster)
     if not decided.feasible:
         raise NothingFits(nothing_fits(decided), decided)
+    if here and decided.cluster.scheduler != "local":
+        raise SchedulerRefused(
+            f"{decided.cluster.name} is scheduled by {decided.cluster.scheduler}: use `trebuchet submit`, or plan for this machine "
+            "with --set cluster=local."
+        )
     refuse_what_cannot_start(decided)
     decided = decided.model_copy(update={"config": absolute(decided.config)})
     data = preflight(decided)
@@ -79,8 +97,13 @@ def begin(config: ConfigLike, *, cluster: str | None = None, overrides: Sequence
     return folder, decided
 
 
-def preflight(decided: Plan) -> Prepared:
-    """Weights found, tokenizer opened, data read, rendered, tokenized, masked and checked; the workers find it cached."""
+def preflight(decided: Plan) -> Prepared | None:
+    """Weights found, tokenizer opened, data read, rendered, tokenized, masked and checked; the workers find it cached.
+
+    None on a login node without torch: the job does it in its first minute, before the ranks start.
+    """
+    if decided.cluster.scheduler != "local" and not can_read_data():
+        return None
     from ..training import load
     from ..training.data import prepare
 
@@ -96,7 +119,14 @@ def preflight(decided: Plan) -> Prepared:
     )
 
 
-def write(folder: RunFolder, decided: Plan, data: Prepared) -> None:
+def can_read_data() -> bool:
+    """Whether what tokenizing needs is installed; asked without importing it."""
+    from importlib.util import find_spec
+
+    return all(find_spec(name) for name in ("torch", "transformers", "datasets"))
+
+
+def write(folder: RunFolder, decided: Plan, data: Prepared | None) -> None:
     """Beside, then renamed: a run folder exists whole or not at all."""
     folder.root.parent.mkdir(parents=True, exist_ok=True)
     beside = RunFolder(folder.root.with_name(f".{folder.root.name}.{os.getpid()}"))
@@ -110,7 +140,7 @@ def write(folder: RunFolder, decided: Plan, data: Prepared) -> None:
             command=record.command_line(),
             seed=decided.config.optimization.seed,
             model={"name": decided.model.name, "revision": decided.model.revision, "params": decided.model.params},
-            data=data.report.to_dict(),
+            data=data.report.to_dict() if data else None,
         )
         if folder.root.exists():
             folder.root.rmdir()  # it was empty when new_run looked; not empty any more is an error here
@@ -124,10 +154,7 @@ def write(folder: RunFolder, decided: Plan, data: Prepared) -> None:
 def refuse_what_cannot_start(decided: Plan) -> None:
     chosen = decided.chosen
     assert chosen is not None
-    if decided.cluster.scheduler != "local":
-        raise SchedulerRefused(
-            f"{decided.cluster.name} is scheduled by {decided.cluster.scheduler}, which this version plans for but does not start."
-        )
+    backends.of_plan(decided).check(decided)
     if chosen.parallel not in ("none", "ddp") or chosen.offload != "none":
         raise SchedulerRefused(
             f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
@@ -143,13 +170,13 @@ def refuse_to_resume(folder: RunFolder) -> None:
         raise RunError(f"{folder.root} is finished; its model is in {folder.model}.")
 
 
-def cancel(run: str) -> RunFolder:
-    """Asks a run to save a checkpoint at the end of its step and stop; returns at once."""
+def cancel(run: str) -> str:
+    """Asks a run to save a checkpoint at the end of its step and stop; returns at once, with what will happen in words."""
     folder = open_run(run)
     if not waiting_or_running(folder):
         raise RunError(f"{run} is not running: it is {current_state(folder).value}.")
-    folder.stop.touch()
-    return folder
+    words: str = backends.of_run(folder).cancel(folder)
+    return words
 
 
 def waiting_or_running(folder: RunFolder) -> bool:
@@ -211,20 +238,8 @@ def count_examples(config: TrainConfig) -> int | None:
 
 
 def current_state(folder: RunFolder) -> JobState:
-    """The recorded state; a run whose processes are gone is closed on the way, by what its ranks left."""
-    from . import local
-
-    found = record.read(folder)
-    if found["state"] == JobState.RUNNING:
-        attempt = found["attempts"][-1]
-        if not local.alive(attempt["handle"], attempt["started"], also=attempt["ranks"]):
-            local.close(folder, "the launcher and its ranks ended without closing the record: killed, or the machine went down")
-    elif found["state"] == JobState.PENDING and found["submitted"] and not local.alive(found["submitted"], found["created"]):
-        # Between submitting and the first attempt; what has begun by now says so itself.
-        found = record.read(folder)
-        if found["state"] == JobState.PENDING:
-            why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
-            record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
+    """The recorded state, after the record was brought up to date with what the run's scheduler knows."""
+    backends.reconcile([folder])
     return JobState(record.read(folder)["state"])
 
 

@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace) -> int:
         if plan.feasible:
             print("\n" + local.render(local.job_spec(plan, new_run(plan.config.output))), end="")
         return 0 if plan.feasible else 3
-    folder, plan = api.begin(options.config, overrides=options.overrides)
+    folder, plan = api.begin(options.config, overrides=options.overrides, here=True)
     print(render(plan), end="\n", flush=True)
     code = local.execute(folder, plan)
     _closing(folder, code)
@@ -110,9 +110,9 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from . import api, local
+    from . import api, backends, record
     from .plan_text import render
-    from .run_folder import new_run
+    from .run_folder import RunFolder, new_run
 
     if options.dry_run:
         plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
@@ -120,24 +120,27 @@ def _submit(options: argparse.Namespace) -> int:
         if not plan.feasible:
             return 3
         api.refuse_what_cannot_start(plan)
-        print("\n" + local.render(local.job_spec(plan, new_run(plan.config.output))), end="")
+        print("\n" + backends.of_plan(plan).preview(plan, new_run(plan.config.output)), end="")
         return 0
     handle = api.submit(options.config, cluster=options.cluster, overrides=options.overrides)
     if options.json:
         _print_json(handle.model_dump(mode="json"))
     else:
         print(f"{handle.run} is {handle.handle}; follow it with `trebuchet logs -f {handle.folder}`")
+        if record.read(RunFolder(handle.folder))["data"] is None:
+            print("torch and transformers are not installed here, so the data are checked in the job's first minute")
     return 0
 
 
 def _resume(options: argparse.Namespace) -> int:
-    from . import api, local
-    from .plan import Plan
-    from .run_folder import open_run
+    from . import api, backends, local
 
-    folder = open_run(options.run)
-    api.refuse_to_resume(folder)
-    code = local.execute(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+    folder, plan = api.resumable(options.run)
+    if plan.cluster.scheduler != "local":
+        handle = backends.of_plan(plan).submit(folder, plan)
+        print(f"{handle.run} is {handle.handle}; follow it with `trebuchet logs -f {handle.folder}`")
+        return 0
+    code = local.execute(folder, plan)
     _closing(folder, code)
     return code
 
@@ -177,16 +180,8 @@ def _logs(options: argparse.Namespace) -> int:
 
 def _cancel(options: argparse.Namespace) -> int:
     from . import api
-    from .errors import RunError
-    from .job import JobState
-    from .run_folder import open_run
 
-    folder = open_run(options.run)
-    state = api.current_state(folder)
-    if state != JobState.RUNNING:
-        raise RunError(f"{options.run} is not running: it is {state.value}.")
-    folder.stop.touch()
-    print(f"{options.run} will save a checkpoint at the end of this step and stop")
+    print(f"{options.run} {api.cancel(options.run)}")
     return 0
 
 
@@ -216,7 +211,7 @@ def _doctor(options: argparse.Namespace) -> int:
         _print_json(report.to_json())
     else:
         print(render(report), end="")
-    return 0 if report.ok else 1
+    return report.exit_code
 
 
 def _schema(options: argparse.Namespace) -> int:

@@ -41,7 +41,8 @@ class JobSpec(BaseModel):
     nodes: int
     tasks_per_node: int
     gpus_per_node: int
-    time_limit_s: int | None = None
+    cpus_per_task: int | None = None
+    warning_s: int = 120  # how long before the end of its time the job is told to save
 
 
 class JobHandle(BaseModel):

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def cpu_environment(ranks: int) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**40),
         "MALLOC_TOP_PAD_": str(64 * 2**20),
-        "OMP_NUM_THREADS": str(max(1, cores // ranks)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks)),
         "CUDA_VISIBLE_DEVICES": "",
     }
 
@@ -98,6 +99,15 @@ def render(spec: JobSpec) -> str:
     """A shell script that starts the same job by hand, every word quoted."""
     lines = [f"export {name}={shlex.quote(value)}" for name, value in sorted(spec.environment.items())]
     return "\n".join(["#!/bin/sh", *lines, "exec " + shlex.join(command(spec)), ""])
+
+
+def check(plan: Plan) -> None:
+    """Nothing to ask of this machine before a run is written."""
+
+
+def preview(plan: Plan, folder: RunFolder) -> str:
+    """The script of a plan."""
+    return render(job_spec(plan, folder))
 
 
 def execute(folder: RunFolder, plan: Plan) -> int:
@@ -231,6 +241,27 @@ def submit(folder: RunFolder, plan: Plan) -> JobHandle:
     handle = handle_of(watcher.pid)
     record.update(folder, submitted=handle)
     return JobHandle(run=folder.root.name, handle=handle, folder=folder.root)
+
+
+def cancel(folder: RunFolder) -> str:
+    """The ranks look for the file after every step."""
+    folder.stop.touch()
+    return "will save a checkpoint at the end of this step and stop"
+
+
+def reconcile(folders: Sequence[RunFolder]) -> None:
+    """Closes the records of runs whose processes are gone, by what their ranks left."""
+    for folder in folders:
+        found = record.read(folder)
+        if found["state"] == JobState.RUNNING:
+            attempt = found["attempts"][-1]
+            if not alive(attempt["handle"], attempt["started"], also=attempt["ranks"]):
+                close(folder, "the launcher and its ranks ended without closing the record: killed, or the machine went down")
+        elif found["state"] == JobState.PENDING and found["submitted"] and not alive(found["submitted"], found["created"]):
+            # Between submitting and the first attempt; what has begun by now says so itself.
+            if record.read(folder)["state"] == JobState.PENDING:
+                why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
+                record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
 
 
 def main(run: str) -> int:

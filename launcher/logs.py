@@ -7,18 +7,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from . import api
+from . import api, backends, record
+from .job import JobState
 from .run_folder import RunFolder
 
 POLL_S = 0.2
+# A scheduler's controller serves a whole site: it is asked ever more rarely. The record is a file and read every time.
+LONGEST_S = {"local": 1.0, "slurm": 30.0}
 
 
 def lines(folder: RunFolder, *, follow: bool = False) -> Iterator[str]:
     """Lines written so far; with `follow`, also those to come until the run has ended."""
     files: dict[Path, TextIO] = {}
     partial: dict[Path, str] = {}
+    ask_at, delay = 0.0, POLL_S
     while True:
-        ended = not follow or api.current_state(folder).ended  # asked before reading: nothing is missed after the end
+        found = record.read(folder)  # before the logs: nothing is missed after the end
+        ended = not follow or JobState(found["state"]).ended
+        if not ended and time.monotonic() >= ask_at:
+            ended = api.current_state(folder).ended
+            delay = min(delay * 1.5, LONGEST_S.get(backends.scheduler_of(found), 30.0))
+            ask_at = time.monotonic() + delay
         for path in sorted(folder.logs.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-"))):
             if path not in files:
                 files[path] = path.open(encoding="utf-8", errors="replace")

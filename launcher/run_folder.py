@@ -44,6 +44,11 @@ class RunFolder:
         return self.root / "accelerate.yaml"
 
     @property
+    def script(self) -> Path:
+        """What was submitted to a scheduler, byte for byte."""
+        return self.root / "job.sh"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

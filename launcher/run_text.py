@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from . import api, record
+from . import backends, record
 from .errors import RunError
 from .run_folder import RunFolder
 
@@ -18,9 +18,9 @@ def runs_of(folder: str) -> list[dict[str, Any]]:
     if not root.is_dir():
         raise RunError(f"{folder} is not a folder. Runs are listed from runs/ unless you name another one.")
     found = []
-    for path in root.glob("*/run.json"):
-        run = RunFolder(path.parent.absolute())
-        api.current_state(run)
+    runs = [RunFolder(path.parent.absolute()) for path in root.glob("*/run.json")]
+    backends.reconcile(runs)
+    for run in runs:
         facts = record.read(run)
         figures = facts.get("evaluation") or {}
         found.append(

@@ -168,11 +168,13 @@ def test_only_shared_data_of_the_launcher_is_used_below_it() -> None:
     )
 
 
-def test_slurm_uses_only_jobs_and_errors() -> None:
-    known = ("launcher.job", "launcher.errors")
+def test_slurm_uses_shared_data_and_one_verb() -> None:
+    """The job on the node keeps the same record as the launcher, and makes the checks that a bare login node could not."""
+    known = {*SHARED, "launcher.api"}
     assert not breaking(
         lambda source, target, module: source == "slurm" and target == "launcher" and module not in known
     )
+    assert {i.source for i in OURS if package(i.source) == "slurm" and i.target == "launcher.api"} <= {"slurm.attempt"}
 
 
 def test_the_launcher_reaches_training_only_where_a_run_begins() -> None:

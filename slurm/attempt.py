@@ -1,0 +1,179 @@
+"""Around the ranks of one attempt, on the job's first node: opens and closes the attempt in the record, says what
+follows.
+
+    python -m trebuchet.slurm.attempt begin RUN                      before the ranks; facts on stdin
+    python -m trebuchet.slurm.attempt end RUN STATUS WARNING_S       after them; prints `requeue`, `avoid NODES` or
+    `exit CODE`
+
+Reads what Slurm knows from stdin, because inside a container there is no scontrol; the script outside calls it. Left
+out: the rules (classify.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..launcher import record
+from ..launcher.errors import TrebuchetError
+from ..launcher.job import JobState
+from ..launcher.plan import Plan
+from ..launcher.run_folder import RunFolder
+from . import classify, sbatch
+from .scheduler import site_of
+
+
+def begin(folder: RunFolder, facts: classify.Facts) -> int:
+    """Closes an attempt that ended without a word, opens this one; checks the data where the login node could not."""
+    found = record.read(folder)
+    if found["attempts"] and found["attempts"][-1]["ended"] is None:
+        close_silent(folder, found["attempts"][-1], facts)
+    folder.outcome.unlink(missing_ok=True)
+    plan = read_plan(folder)
+    handle = f"slurm://{plan.cluster.name}/{os.environ.get('SLURM_JOB_ID', facts.job)}"
+    record.begin_attempt(folder, handle, ranks=0)
+    log = folder.root / sbatch.LOG
+    record.update(
+        folder,
+        submitted=handle,
+        attempt={
+            "first_step": newest_step(folder),
+            "nodes": list(facts.allocated),
+            "log_from": log.stat().st_size if log.exists() else 0,
+        },
+    )
+    if folder.stop.exists():  # cancelled while it waited
+        folder.stop.unlink()
+        record.end_attempt(folder, JobState.CANCELLED, 130, None)
+        return 130
+    if found["data"] is None:
+        return prepare_data(folder, plan)
+    return 0
+
+
+def prepare_data(folder: RunFolder, plan: Plan) -> int:
+    """What submit does where torch is installed, by one process before the ranks start: they find it cached."""
+    from ..launcher import api
+
+    try:
+        prepared = api.preflight(
+            plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"scheduler": "local"})})
+        )
+        assert prepared is not None
+    except TrebuchetError as problem:
+        print(f"trebuchet: {problem}", file=sys.stderr)
+        record.end_attempt(folder, JobState.FAILED, problem.exit_code, str(problem))
+        return problem.exit_code
+    record.update(folder, data=prepared.report.to_dict())
+    return 0
+
+
+def close_silent(folder: RunFolder, attempt: dict[str, Any], facts: classify.Facts) -> None:
+    """The script of the last attempt never came to its end: a node went, or Slurm took the job with no grace time."""
+    gone = [n for n in attempt.get("nodes", ()) if classify.is_gone(facts.node_states.get(n, ""))]
+    if gone:
+        state, kind, reason = JobState.NODE_FAIL, "node", f"node {', '.join(gone)} failed; Slurm requeued the job"
+    else:
+        state, kind, reason = JobState.PREEMPTED, "preempted", "Slurm requeued the job without letting it finish"
+    record.update(folder, attempt={"kind": kind})
+    record.end_attempt(folder, state, 1, reason)
+
+
+def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -> str:
+    """Closes the attempt and returns the script's order."""
+    found, plan = record.read(folder), read_plan(folder)
+    attempt, history = found["attempts"][-1], found["attempts"][:-1]
+    assert plan.chosen is not None
+    outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
+    kept = newest_step(folder) > attempt["first_step"]
+    verdict = classify.classify(
+        outcome,
+        status,
+        said(folder, attempt.get("log_from", 0)),
+        facts,
+        history,
+        asked_to_stop=folder.stop.exists(),
+        warning_s=warning_s,
+        restarts=site_of(plan).restarts,
+        micro_batch=plan.chosen.micro_batch,
+        kept=kept,
+    )
+    requeued = verdict.action in ("requeue", "avoid") and site_of(plan).requeue
+    if verdict.action == "leave":  # cancelled, or requeued by Slurm: the next attempt or `status` will know which
+        return "exit 0"
+    record.update(folder, attempt={"kind": verdict.kind, "kept": kept})
+    reason = evidence(folder, verdict, outcome)
+    code = 130 if verdict.kind == "user" else 1 if verdict.action != "exit" else verdict.exit_code
+    record.end_attempt(folder, verdict.state, code, reason)
+    if verdict.kind == "user":
+        folder.stop.unlink(missing_ok=True)
+    if not requeued:
+        return f"exit {code}"
+    if verdict.kind == "oom":
+        halve(folder, plan)
+    record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
+    if verdict.action == "avoid":
+        return f"avoid {','.join(name for name in (facts.excluded, verdict.node) if name)}"
+    return "requeue"
+
+
+def halve(folder: RunFolder, plan: Plan) -> None:
+    """Half the micro-batch and the same global batch, into plan.json. Losses stay those of the plan up to the order
+    of sums."""
+    chosen = plan.chosen
+    assert chosen is not None
+    micro = chosen.micro_batch // 2
+    accumulation = -(-plan.config.optimization.global_batch_size // (micro * chosen.ranks))
+    smaller = chosen.model_copy(update={"micro_batch": micro, "accumulation": accumulation})
+    record.write_atomically(folder.plan, plan.model_copy(update={"chosen": smaller}).model_dump_json(indent=1) + "\n")
+
+
+def evidence(folder: RunFolder, verdict: classify.Verdict, outcome: dict[str, Any] | None) -> str | None:
+    """The reason, and for a failure the last lines of the rank that failed first."""
+    if verdict.kind not in ("node", "program", "hang", "host-oom") or verdict.reason is None:
+        return verdict.reason
+    first = classify.ENDED.search(said(folder, record.read(folder)["attempts"][-1].get("log_from", 0)))
+    rank = int(first["task"]) if first else outcome["rank"] if outcome else 0
+    log = folder.log(rank)
+    if not log.exists():
+        log = folder.root / sbatch.LOG
+    if not log.exists():
+        return verdict.reason
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
+    return f"{verdict.reason} Last lines of {log}: {' / '.join(lines)}"
+
+
+def said(folder: RunFolder, start: int) -> str:
+    """The job's own log since `start`, at most its last 64 KiB."""
+    log = folder.root / sbatch.LOG
+    if not log.exists():
+        return ""
+    with log.open("rb") as file:
+        file.seek(max(start, log.stat().st_size - 65536))
+        return file.read().decode("utf-8", errors="replace")
+
+
+def newest_step(folder: RunFolder) -> int:
+    """The step of the newest checkpoint that was written to its end; 0 without one."""
+    steps = [p.parent.name.removeprefix("step-") for p in folder.checkpoints.glob("step-*/manifest.json")]
+    return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def read_plan(folder: RunFolder) -> Plan:
+    return Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+
+
+def main(arguments: list[str]) -> int:
+    folder = RunFolder(Path(arguments[1]))
+    facts = classify.read_facts(sys.stdin.read())
+    if arguments[0] == "begin":
+        return begin(folder, facts)
+    print(end(folder, facts, int(arguments[2]), int(arguments[3])))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,211 @@
+"""Why an attempt ended and what follows: pure, from what the ranks left, what srun said and what Slurm knows.
+
+    finished                     done
+    asked to stop by the user    cancelled, kept as it is
+    preempted, time limit        requeue, as often as it happens
+    out of GPU memory            requeue with half the micro-batch and the same global batch
+    node, network, killed rank   requeue on other nodes where there are others, `restarts` times
+    hang                         requeue once
+    anything else                stop: it would fail again
+
+Left out: doing it (attempt.py, and the job script, which calls scontrol).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from ..launcher.job import JobState
+
+STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
+SIGNAL_SLACK_S = 90  # Slurm may send the warning up to 60 s early (man sbatch), and looks at limits every 30 s
+IDLE_ATTEMPTS = 3  # attempts in a row that reached the time limit without one step kept
+
+Kind = Literal[
+    "finished", "user", "preempted", "time-limit", "oom", "host-oom", "node", "hang", "input", "program", "slurm"
+]  # fmt: skip
+OOM = re.compile(r"out of memory", re.I)
+HOST_OOM = re.compile(r"oom[-_]kill|Out Of Memory", re.I)
+HANG = re.compile(
+    r"watchdog caught collective operation timeout|timed out waiting|wait timeout|collective.* timed out", re.I
+)
+NODE = re.compile(
+    r"\bNCCL\b|\bXid\b|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA-capable device.*busy|"
+    r"connection (closed|reset|refused)|broken pipe|socket|unable to connect|stale file handle|input/output error",
+    re.IGNORECASE,
+)
+# srun's own account, in the order in which tasks ended: `srun: error: n2: task 1: Killed`.
+ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<task>\d+)[^:]*: (?P<how>.+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the script printed of `scontrol show job` and `sinfo` at the end of an attempt."""
+
+    job: str
+    state: str
+    now: datetime
+    end: datetime | None
+    preempted: bool
+    allocated: tuple[str, ...]
+    excluded: str
+    node_states: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """`state` closes the attempt; `action` is the script's: requeue, avoid NODE, or exit CODE."""
+
+    kind: Kind
+    state: JobState
+    action: Literal["requeue", "avoid", "exit", "leave"]
+    reason: str | None
+    node: str | None = None
+    exit_code: int = 0
+
+
+def read_facts(text: str) -> Facts:
+    """Parses the output of the script's `facts`."""
+    job = dict(re.findall(r"(\w+)=(\S+)", next((line for line in text.splitlines() if line.startswith("JobId=")), "")))
+    marks = [line.split("=") for line in text.splitlines() if line.startswith(("Now=", "Allocated=", "Node="))]
+    now = next((_time(mark[1]) for mark in marks if mark[0] == "Now"), None)
+    return Facts(
+        job=job.get("JobId", ""),
+        state=job.get("JobState", ""),
+        now=now or datetime.now(),
+        end=_time(job.get("EndTime", "")),
+        preempted=_time(job.get("PreemptTime", "")) is not None,
+        allocated=tuple(mark[1] for mark in marks if mark[0] == "Allocated"),
+        excluded="" if job.get("ExcNodeList") in (None, "(null)") else job["ExcNodeList"],
+        node_states={mark[1]: mark[2] for mark in marks if mark[0] == "Node"},
+    )
+
+
+def classify(
+    outcome: dict[str, Any] | None, status: int, said: str, facts: Facts, history: Sequence[dict[str, Any]],
+    *, asked_to_stop: bool, warning_s: int, restarts: int, micro_batch: int, kept: bool,
+) -> Verdict:  # fmt: skip
+    """`outcome`: the ranks' outcome.json; `status`: srun's exit code; `said`: the log of this attempt; `history`: the
+    attempts before this one; `kept`: whether this attempt moved the newest checkpoint."""
+    code, error = (outcome["exit_code"], outcome["error"]) if outcome else (None, None)
+    if code == 0 and status == 0:
+        return Verdict(kind="finished", state=JobState.SUCCEEDED, action="exit", reason=None)
+    if asked_to_stop and code == STOPPED:
+        return Verdict(kind="user", state=JobState.CANCELLED, action="exit", reason=None)
+    if facts.state not in ("RUNNING", ""):  # cancelled or requeued from outside; Slurm has already decided
+        return Verdict(
+            kind="slurm", state=JobState.PREEMPTED, action="leave", reason=f"Slurm took the job back ({facts.state})"
+        )
+    saved = "saved in time" if code == STOPPED else "before it could save"
+    if facts.preempted:
+        return Verdict(
+            kind="preempted", state=JobState.PREEMPTED, action="requeue", reason=f"preempted by another job, {saved}"
+        )
+    near = facts.end is not None and facts.now >= facts.end - timedelta(seconds=warning_s + SIGNAL_SLACK_S)
+    if near and (code == STOPPED or _by_signal(status)):
+        return _time_limit(history, saved, kept)
+    if code == STOPPED:
+        return Verdict(
+            kind="user", state=JobState.CANCELLED, action="exit", reason="a signal from outside asked it to stop"
+        )
+    if HOST_OOM.search(said) and not (error and OOM.search(error)):
+        reason = "a process took more host memory than the job was given; raise slurm.memory, or lower data.max_length"
+        return Verdict(kind="host-oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=reason, exit_code=1)
+    if error and OOM.search(error):
+        return _out_of_memory(error, micro_batch)
+    return _failure(code, error, status, said, facts, history, restarts)
+
+
+def _time_limit(history: Sequence[dict[str, Any]], saved: str, kept: bool) -> Verdict:
+    before = [a.get("kind") == "time-limit" and not a.get("kept") for a in history[-(IDLE_ATTEMPTS - 1) :]]
+    if not kept and len(before) == IDLE_ATTEMPTS - 1 and all(before):
+        reason = f"{IDLE_ATTEMPTS} attempts in a row reached the time limit without one step kept; raise slurm.time"
+        return Verdict(kind="time-limit", state=JobState.TIMEOUT, action="exit", reason=reason, exit_code=1)
+    return Verdict(kind="time-limit", state=JobState.TIMEOUT, action="requeue", reason=f"the time limit came, {saved}")
+
+
+def _out_of_memory(error: str, micro_batch: int) -> Verdict:
+    if micro_batch > 1:
+        reason = (
+            f"{error} Goes on with micro-batch {micro_batch // 2} instead of {micro_batch}, and the same global batch."
+        )
+        return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="requeue", reason=reason)
+    return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=error, exit_code=1)
+
+
+def _failure(
+    code: int | None,
+    error: str | None,
+    status: int,
+    said: str,
+    facts: Facts,
+    history: Sequence[dict[str, Any]],
+    restarts: int,
+) -> Verdict:
+    first = ENDED.search(said)
+    node = first["node"] if first else None
+    who = f"rank {first['task']} on {node}: {first['how']}" if first else f"srun ended with {status}"
+    echo = f"{error or ''}\n{said}"
+    killed = first is not None and first["how"].startswith(("Killed", "Terminated", "Bus error")) and code != 2
+    down = [n for n in facts.allocated if is_gone(facts.node_states.get(n, ""))]
+    if error and HANG.search(error):
+        again = not any(a.get("kind") == "hang" for a in history)
+        reason = f"the ranks waited for one that did not come ({who}): {error}"
+        return Verdict(
+            kind="hang", state=JobState.FAILED, action="requeue" if again else "exit", reason=reason, exit_code=1
+        )
+    if killed or down or (code != 2 and NODE.search(error or echo)):
+        reason = f"{'node ' + down[0] + ' is ' + facts.node_states[down[0]] if down else who}. {error or ''}".strip()
+        if sum(a.get("kind") == "node" for a in history) >= restarts:
+            return Verdict(
+                kind="node",
+                state=JobState.NODE_FAIL,
+                action="exit",
+                reason=f"{reason} It was the last of {restarts} restarts.",
+                exit_code=1,
+            )
+        bad = down[0] if down else node
+        if bad and _others(facts, bad):
+            return Verdict(
+                kind="node",
+                state=JobState.NODE_FAIL,
+                action="avoid",
+                reason=f"{reason} Goes on without {bad}.",
+                node=bad,
+            )
+        return Verdict(kind="node", state=JobState.NODE_FAIL, action="requeue", reason=reason)
+    kind: Kind = "input" if code == 2 else "program"
+    return Verdict(
+        kind=kind,
+        state=JobState.FAILED,
+        action="exit",
+        reason=error or f"{who}; the log of the job says more",
+        exit_code=code or status or 1,
+    )
+
+
+def _others(facts: Facts, bad: str) -> bool:
+    """Whether the partition has enough nodes in order without `bad` and those that were excluded before."""
+    out = {bad, *facts.excluded.split(",")}
+    fit = [n for n, state in facts.node_states.items() if n not in out and not is_gone(state)]
+    return len(fit) >= len(facts.allocated)
+
+
+def is_gone(state: str) -> bool:
+    """Whether sinfo's short state (%t) is that of a node that takes no jobs; a star means that it does not answer."""
+    return state.endswith("*") or state.startswith(("down", "drain", "drng", "fail", "unk", "maint", "inval"))
+
+
+def _by_signal(status: int) -> bool:
+    return status == 0 or status > 128
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None

@@ -1,0 +1,263 @@
+"""JobSpec and site settings -> the text of a job script. Pure: nothing is read, nothing is run.
+
+The script can be read by a cluster's admin and submitted by hand with `sbatch`. One task per rank through srun, so
+that signals reach the ranks themselves; each rank learns its number from SLURM_PROCID inside the task, never on the
+batch host. Before and after the ranks `slurm/attempt.py` keeps the run's record and decides whether the job requeues
+itself.
+
+Left out: submission (scheduler.py), and any secret. Tokens travel as names of files that are read on the node.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from shlex import quote
+
+from ..launcher.job import JobSpec
+from .site import Container, Site
+
+LOG = "logs/slurm.log"  # in the run folder: what the script, srun and Slurm itself say
+PLAIN = re.compile(r"[\w@+=:,./\[\]-]+")
+# A path that stands in an #SBATCH line literally: no line break, none of its quotes and escapes, no %j.
+LITERAL = re.compile(r"[^\x00-\x1f\x7f\\%\"'#]+")
+
+TASK = """\
+# Each task expands this itself: on the batch host SLURM_PROCID is 0, and every rank would be rank 0.
+# shellcheck disable=SC2016
+task='
+  export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID NODE_RANK=$SLURM_NODEID
+  export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
+  caches={caches}/trebuchet-$UID  # compiled kernels stay on the node and serve the next attempt
+  mkdir -p -m 700 "$caches" && [ -O "$caches" ] || {{ echo "$caches is not a folder of ours" >&2; exit 1; }}
+  export TRITON_CACHE_DIR=$caches/triton TORCHINDUCTOR_CACHE_DIR=$caches/inductor CUDA_CACHE_PATH=$caches/cuda
+  exec "$@"'
+"""
+
+MEETING = """\
+# The ranks meet on the first node, by the address Slurm knows it by, at a port that follows from the job id.
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show node "$first" --oneliner | grep -o ' NodeAddr=[^ ]*')
+export MASTER_ADDR=${MASTER_ADDR#*=} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+"""
+
+DECIDE = """\
+read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s")"
+case $verdict in
+  requeue)  # saved in time, or killed by nobody's fault: go on under the same id
+    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    ;;
+  avoid)    # the same, on other nodes than $word
+    scontrol requeuehold "$SLURM_JOB_ID" &&
+      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$word"
+    scontrol release "$SLURM_JOB_ID" && exit 0
+    ;;
+  exit)
+    exit "$word"
+    ;;
+esac
+echo "the job could not be requeued; go on with: trebuchet resume $(printf %q "$run")" >&2
+exit 1
+"""
+
+
+def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None) -> str:
+    """The whole script. `python` is the interpreter of the submitting side, used when the site names no other."""
+    parts = [
+        "#!/bin/bash\n" + _headline(spec),
+        "\n".join(f"#SBATCH {line}" for line in directives(spec, site, array=array)) + "\n",
+        _assign("run", str(spec.run_folder)) + '\ncd "$run" || exit 1\n',
+        _site_lines(site),
+        _environment(spec, site),
+        MEETING,
+        TASK.format(caches=_node_local(site)),
+        _programs(site, python),
+        _ranks(spec, site),
+        DECIDE,
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def directives(spec: JobSpec, site: Site, *, array: str | None = None) -> list[str]:
+    """The #SBATCH options in the order they are written, without the word #SBATCH."""
+    gpus = f"{site.gpu_type}:{spec.gpus_per_node}" if site.gpu_type else str(spec.gpus_per_node)
+    memory = {"mem": site.memory, "exclusive": True if site.exclusive else None}
+    options: dict[str, str | bool | None] = {
+        "job-name": _one_line(spec.name),
+        "account": site.account,
+        "partition": ",".join(site.partition),
+        "qos": site.qos,
+        "constraint": site.constraint,
+        "reservation": site.reservation,
+        "exclude": ",".join(site.exclude),
+        "nodelist": ",".join(site.nodelist),
+        "nodes": str(spec.nodes),
+        "ntasks-per-node": str(spec.tasks_per_node),
+        "gpus-per-node": gpus if spec.gpus_per_node and site.gpu_request == "gpus-per-node" else None,
+        "gres": f"gpu:{gpus}" if spec.gpus_per_node and site.gpu_request == "gres" else None,
+        "cpus-per-task": str(site.cpus_per_task or spec.cpus_per_task or "") or None,
+        **memory,
+        "time": site.time,
+        "array": array,
+        "output": output(spec.run_folder),
+        "open-mode": "append",
+        "requeue" if site.requeue else "no-requeue": True,
+        "signal": f"USR1@{site.warning_s or spec.warning_s}",
+        "export": "NONE",
+    }
+    written = [
+        f"--{name}" if value is True else f"--{name}={_word(str(value))}" for name, value in options.items() if value
+    ]
+    return written + [_raw(line) for line in site.extra]
+
+
+def output(run_folder: Path) -> str:
+    """The log's path for #SBATCH; relative where the folder's name cannot stand there. Submission is from the run
+    folder."""
+    path = str(run_folder / LOG)
+    return path if LITERAL.fullmatch(path) else LOG
+
+
+def _headline(spec: JobSpec) -> str:
+    ranks = spec.nodes * spec.tasks_per_node
+    kind = "one per GPU" if spec.gpus_per_node else "on the CPU"
+    by_hand = (
+        "sbatch job.sh"
+        if output(spec.run_folder) == LOG
+        else f"sbatch {_one_line(quote(str(spec.run_folder / 'job.sh')))}"
+    )
+    size = f"{ranks} rank{'s' if ranks > 1 else ''} {kind} on {spec.nodes} node{'s' if spec.nodes > 1 else ''}"
+    return (
+        f"# {_one_line(spec.name)}: {size}.\n"
+        f"# Written by trebuchet. By hand{', in the run folder' if output(spec.run_folder) == LOG else ''}: {by_hand}\n"
+    )
+
+
+def _site_lines(site: Site) -> str:
+    """Modules and environments; a line that fails ends the job before anything is computed."""
+    lines = [*site.setup]
+    if site.modules:
+        lines += [
+            "command -v module >/dev/null || source /etc/profile",
+            *(f"module load {quote(m)}" for m in site.modules),
+        ]
+    if site.venv:
+        lines += ["# shellcheck disable=SC1090,SC1091", f"source {_path(site.venv + '/bin/activate')}"]
+    if site.conda:
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {_path(site.conda)}"]
+    if not lines:
+        return ""
+    return "\n".join(["# What the site asks for.", "set -e", *lines, "set +e", ""])
+
+
+def _environment(spec: JobSpec, site: Site) -> str:
+    values = dict(spec.environment)
+    if site.cache:
+        values["HF_HOME"], values["TREBUCHET_CACHE"] = f"{site.cache}/huggingface", f"{site.cache}/trebuchet"
+    if spec.gpus_per_node:
+        values |= {"NCCL_DEBUG": "WARN", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
+    values |= site.environment
+    lines = [
+        "# srun hands on what is exported here; the shell that submitted has no part in it (--export=NONE).",
+        "export SLURM_EXPORT_ENV=ALL",
+    ]
+    lines += [_assign(name, value, export=True) for name, value in sorted(values.items())]
+    if spec.gpus_per_node:
+        lines.append('export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$run/logs/nccl-trace-"')
+    lines += [f"{name}=$(<{_path(file)}) || exit 1; export {name}" for name, file in sorted(site.secrets.items())]
+    return "\n".join([*lines, ""])
+
+
+def _programs(site: Site, python: str) -> str:
+    """Shell functions: `attempt` keeps the record, `facts` is what Slurm knows of the job and its nodes."""
+    own = site.venv or site.conda or site.container
+    lines = [f"python={_path(site.python) if site.python else 'python3' if own else quote(python)}"]
+    box = site.container
+    if box is not None and box.runtime == "apptainer":
+        lines.append(f"box=(apptainer exec --nv {_options(_bind(box))} {_path(box.image)})")
+        prefix = '"${box[@]}" '
+    elif box is not None:
+        image = [
+            f"--container-image={quote(box.image)}",
+            *(["--container-mounts=" + quote(",".join(box.mounts))] if box.mounts else []),
+        ]
+        lines.append(f"box=({' '.join([*image, _options(box.options)]).strip()})")
+        prefix = 'srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${box[@]}" '
+    else:
+        prefix = ""
+    lines += [
+        f'attempt() {{ {prefix}"$python" -m trebuchet.slurm.attempt "$@"; }}',
+        "facts() {",
+        '  date "+Now=%FT%T"',
+        '  scontrol show job "$SLURM_JOB_ID" --oneliner',
+        '  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/^/Allocated=/"',
+        '  sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format="Node=%N=%t"',
+        "}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _ranks(spec: JobSpec, site: Site) -> str:
+    cpus = site.cpus_per_task or spec.cpus_per_task
+    options = ["--kill-on-bad-exit=1", "--label"]
+    if cpus:  # srun does not take it over from sbatch since Slurm 22.05
+        options.append(f"--cpus-per-task={cpus}")
+    options += [_raw(line, shell=True) for line in site.srun]
+    box = site.container
+    inside = '"${box[@]}" ' if box is not None and box.runtime == "apptainer" else ""
+    if box is not None and box.runtime == "pyxis":
+        options.append('"${box[@]}"')
+    arguments = " ".join('"$run"' if a == str(spec.run_folder) else quote(a) for a in spec.arguments)
+    return (
+        "trap : TERM USR1  # the script outlives the ranks: it writes the record and requeues\n"
+        'facts | attempt begin "$run" || exit\n'
+        f'srun {" ".join(options)} \\\n  bash -c "$task" rank {inside}"$python" -m {quote(spec.module)} {arguments}\n'
+        f"status=$? warning_s={site.warning_s or spec.warning_s}\n"
+    )
+
+
+def _bind(box: Container) -> tuple[str, ...]:
+    return (*(f"--bind={m}" for m in box.mounts), *box.options)
+
+
+def _options(words: tuple[str, ...]) -> str:
+    return " ".join(quote(word) for word in words)
+
+
+def _node_local(site: Site) -> str:
+    """Inside the single quotes of TASK, where only a plain path can stand."""
+    if site.node_local is None:
+        return "${TMPDIR:-/tmp}"
+    return quote(site.node_local).replace("'", "'\\''")
+
+
+def _assign(name: str, value: str, *, export: bool = False) -> str:
+    line = f"{'export ' if export else ''}{name}={quote(value)}"
+    return (
+        f"# shellcheck disable=SC2016  # a name with a dollar sign, taken literally\n{line}"
+        if "$" in value or "`" in value
+        else line
+    )
+
+
+def _path(path: str) -> str:
+    """Quoted, with a leading ~ left to the shell of the node."""
+    return f"~/{quote(path[2:])}" if path.startswith("~/") else quote(path)
+
+
+def _word(value: str) -> str:
+    """A value of an #SBATCH line. sbatch splits at blanks, takes quotes off, and drops a backslash before a
+    character."""
+    return value if PLAIN.fullmatch(value) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _raw(line: str, *, shell: bool = False) -> str:
+    name, equals, value = line.partition("=")
+    return f"{name}{equals}{quote(value) if shell and value else _word(value) if value else ''}"
+
+
+def _one_line(text: str) -> str:
+    """Line breaks and other control characters as blanks: names are for people, and #SBATCH lines end at a line
+    break."""
+    return re.sub(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+", " ", text).strip() or "trebuchet"

@@ -1,0 +1,117 @@
+"""What Slurm says of jobs: one question for any number of them, answered in our states.
+
+sacct where accounting is on; else squeue, which knows a finished job for MinJobAge (five minutes unless the site says
+otherwise), and after that the file of jobcomp/filetxt where it can be read. Left out: how often to ask; that is the
+caller's.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from ..launcher.errors import SchedulerRefused
+from ..launcher.job import JobState
+
+_WAITING = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT"
+_RUNNING = "RUNNING COMPLETING STAGE_OUT SIGNALING STOPPED SUSPENDED RESIZING POWER_UP_NODE"
+_NODE = "NODE_FAIL BOOT_FAIL LAUNCH_FAILED RECONFIG_FAIL"
+# slurm.h's job states, with the flags that squeue prints in their place.
+STATES: dict[str, JobState] = {
+    **dict.fromkeys(_WAITING.split(), JobState.PENDING),
+    **dict.fromkeys(_RUNNING.split(), JobState.RUNNING),
+    **dict.fromkeys(_NODE.split(), JobState.NODE_FAIL),
+    "COMPLETED": JobState.SUCCEEDED,
+    "FAILED": JobState.FAILED,
+    "CANCELLED": JobState.CANCELLED,
+    "REVOKED": JobState.CANCELLED,
+    "TIMEOUT": JobState.TIMEOUT,
+    "DEADLINE": JobState.TIMEOUT,
+    "OUT_OF_MEMORY": JobState.OUT_OF_MEMORY,
+    "PREEMPTED": JobState.PREEMPTED,
+}
+
+
+def states(jobs: Iterable[str]) -> dict[str, JobState]:
+    """State by job id; a job that Slurm does not know any more is missing. Raises SchedulerRefused when Slurm does
+    not answer."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return {}
+    found = _sacct(wanted) if has_accounting() else _squeue(wanted)
+    missing = [job for job in wanted if job not in found]
+    if missing and not has_accounting():
+        found |= _jobcomp(missing)
+    return found
+
+
+def to_state(word: str) -> JobState:
+    """`CANCELLED by 1000` and `NODE_FAIL+` too. Raises SchedulerRefused for a word that no known Slurm prints."""
+    name = word.split()[0].rstrip("+")
+    if name not in STATES:
+        raise SchedulerRefused(f"Slurm speaks of a state '{word}' that this version does not know.")
+    return STATES[name]
+
+
+def call(*command: str, cwd: Path | None = None) -> str:
+    """Runs one of Slurm's programs. Raises SchedulerRefused with its own words."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    except FileNotFoundError:
+        raise SchedulerRefused(
+            f"`{command[0]}` is not on this machine; submit from a login node of the cluster."
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerRefused(
+            f"`{command[0]}` did not answer within two minutes; is the controller up? Try `sinfo`."
+        ) from None
+    if done.returncode != 0:
+        said = " ".join(
+            line.removeprefix(f"{command[0]}: ").removeprefix("error: ") for line in done.stderr.strip().splitlines()
+        )
+        raise SchedulerRefused(f"{command[0]} refused: {said or f'exit {done.returncode}'}")
+    return done.stdout
+
+
+@cache
+def configuration() -> dict[str, str]:
+    """slurm.conf as the controller holds it."""
+    lines = (line.partition("=") for line in call("scontrol", "show", "config").splitlines())
+    return {key.strip(): value.strip() for key, equals, value in lines if equals}
+
+
+def has_accounting() -> bool:
+    return configuration().get("AccountingStorageType", "").endswith("slurmdbd")
+
+
+def _sacct(jobs: list[str]) -> dict[str, JobState]:
+    text = call(
+        "sacct", "--noheader", "--parsable2", "--allocations", "--jobs", ",".join(jobs), "--format=JobIDRaw,State"
+    )
+    return {job: to_state(word) for job, _, word in (line.partition("|") for line in text.splitlines()) if word}
+
+
+def _squeue(jobs: list[str]) -> dict[str, JobState]:
+    # Named jobs that are gone make squeue fail when they are the only ones; all of the user's are as cheap for the
+    # controller.
+    text = call("squeue", "--noheader", "--me", "--states=all", "--format=%A|%T")
+    rows = (line.partition("|") for line in text.splitlines())
+    return {job: to_state(word) for job, _, word in rows if job in jobs}
+
+
+def _jobcomp(jobs: list[str]) -> dict[str, JobState]:
+    """The last line of each job in the site's completion log; empty where there is none or it is not ours to read."""
+    if not configuration().get("JobCompType", "").endswith("filetxt"):
+        return {}
+    try:
+        lines = Path(configuration()["JobCompLoc"]).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    found = {}
+    for line in lines:
+        values = dict(word.partition("=")[::2] for word in line.split())
+        if values.get("JobId") in jobs and "JobState" in values:
+            found[values["JobId"]] = to_state(values["JobState"])
+    return found

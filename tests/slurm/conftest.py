@@ -1,0 +1,53 @@
+"""One real Slurm for all tests that want one, and configurations that run on it; see cluster.py."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from .cluster import SlurmCluster, install
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmCluster]:
+    """Four nodes with two stand-in GPUs each. Its programs find it by SLURM_CONF, here and in jobs."""
+    missing = install()
+    if missing is not None:
+        pytest.skip(missing)
+    root = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 107 bytes
+    cluster = SlurmCluster(root=root)
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(root / "slurm.conf")
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        os.environ.pop("SLURM_CONF")
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def cluster_file(tmp_path: Path) -> Callable[..., str]:
+    """The cluster YAML of CPU ranks on this Slurm, with settings of `slurm:` changed."""
+
+    def build(nodes: int = 1, **settings: Any) -> str:
+        tree = {
+            "scheduler": "slurm",
+            "groups": [{"nodes": nodes, "host_memory_gib": 16, "cores": 2}],
+            "slurm": {"partition": "low", "time": "10", **settings},
+        }
+        path = tmp_path / f"cluster-{len(list(tmp_path.glob('cluster-*')))}.yaml"
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return str(path)
+
+    return build
