@@ -52,7 +52,13 @@ def prepare(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen
     if chosen.checkpointing != "none":
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return Prepared(model=net, kernels=report, trainable=trainable, total=sum(p.numel() for p in net.parameters()))
+    return Prepared(model=net, kernels=report, trainable=trainable, total=sum(map(_weights, net.parameters())))
+
+
+def _weights(parameter: torch.nn.Parameter) -> int:
+    """Weights that a parameter stands for: an NF4 one holds two in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
 
 
 def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device) -> Any:

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trebuchet.strategies.prepare import prepare
+from transformers import AutoModelForCausalLM
 from trebuchet.training.data import share
 from trebuchet.training.data.collate import collate
 from trebuchet.training.loop import Loop
-from trebuchet.training.session import Session
-
-
-def looped(session: Session) -> Loop:
-    config, device = session.config, session.runtime.device
-    model = prepare(session.base, config.model, config.strategy, session.chosen, device, config.optimization.seed)
-    return session.loop(model)
 
 
 def gradients(loop: Loop, parts: list[tuple[int, ...]]) -> tuple[torch.Tensor, Any]:
@@ -36,49 +27,27 @@ def gradients(loop: Loop, parts: list[tuple[int, ...]]) -> tuple[torch.Tensor, A
     return seen[0], result
 
 
-def reference_samples(rows_file: Path, tokenizer: Any) -> list[tuple[torch.Tensor, int, int]]:
-    """(ids, first trained position, end) of every conversation by the template alone: the answer with its end token."""
-    out = []
-    for line in rows_file.read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt").input_ids
-        prompt = len(
-            tokenizer(tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)).input_ids
-        )
-        out.append((ids, prompt, ids[0].tolist().index(tokenizer.eos_token_id, prompt) + 1))
-    return out
-
-
-def reference_loss(model: Any, samples: list[tuple[torch.Tensor, int, int]]) -> torch.Tensor:
-    """Mean over all trained tokens, each conversation by itself, no packing, no padding."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for ids, first, end in samples:
-        logp = model(ids).logits[0, first - 1 : end - 1].log_softmax(-1)
-        total = total - logp.gather(1, ids[0, first:end, None]).sum()
-        count += end - first
-    return total / count
-
-
-@pytest.fixture(scope="module")
-def reference(tiny_model: Path, rows_file: Path) -> tuple[Any, list[tuple[torch.Tensor, int, int]]]:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
-    return model, reference_samples(rows_file, AutoTokenizer.from_pretrained(tiny_model))
-
-
 @pytest.mark.parametrize("kernels", ["on", "off"])
 @pytest.mark.parametrize("packing", [True, False])
 def test_three_steps_equal_a_float64_loop_of_plain_transformers(
-    session: Callable[..., Session], tiny_model: Path, reference: tuple[Any, Any], packing: bool, kernels: str
+    make_loop: Callable[..., Loop],
+    tiny_model: Path,
+    rows_file: Path,
+    by_template: Callable[[Path], Any],
+    reference_loss: Callable[..., torch.Tensor],
+    packing: bool,
+    kernels: str,
 ) -> None:
-    """Every row in each step, so that the order does not matter: loss, gradient norm, warm-up, clipping, decay and AdamW."""
+    """Every row in each step, so that order does not matter: loss, gradient norm, warm-up, clipping, decay, AdamW."""
     steps, rate = 3, 3e-3
     settings = {"data.packing": packing, "strategy.kernels": kernels, "optimization.max_steps": steps}
     clip_and_decay = {"optimization.max_grad_norm": 0.5, "optimization.weight_decay": 0.1}
     rates_and_warmup = {"optimization.learning_rate": rate, "optimization.warmup": 1}
-    loop = looped(session({**settings, **clip_and_decay, **rates_and_warmup}))
+    loop = make_loop({**settings, **clip_and_decay, **rates_and_warmup})
     everything = tuple(range(len(loop.rows)))
     ours = [loop.stepper.step([loop.batch(part) for part in share(everything, 0, 1, 4)]) for _ in range(steps)]
 
+    samples = by_template(rows_file)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
     decayed = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
@@ -87,7 +56,7 @@ def test_three_steps_equal_a_float64_loop_of_plain_transformers(
     optimizer = torch.optim.AdamW(decayed, lr=rate)
     rates = [0.0, rate, rate * 0.5]  # warm-up of one step from 0, then half a cosine over the two that are left
     for step in range(steps):
-        loss = reference_loss(model, reference[1])
+        loss = reference_loss(model, samples)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         for group in optimizer.param_groups:
@@ -104,11 +73,11 @@ def test_three_steps_equal_a_float64_loop_of_plain_transformers(
         assert torch.allclose(found, wanted, atol=2e-5), name  # Adam divides by small moments: 3 steps of 3e-3 each
 
 
-def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(session: Callable[..., Session]) -> None:
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(make_loop: Callable[..., Loop]) -> None:
     rows = (0, 1, 2, 3)
     found = {}
     for micro in (4, 1, 2, 3):
-        loop = looped(session({"optimization.max_grad_norm": 0, "optimization.micro_batch": micro}))
+        loop = make_loop({"optimization.max_grad_norm": 0, "optimization.micro_batch": micro})
         found[micro] = gradients(loop, share(rows, 0, 1, micro))
     whole, result = found[4]
     assert whole.norm() > 0 and result.trained_tokens > 0
@@ -120,23 +89,23 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(session: Callable[
         assert (same.tokens, same.trained_tokens) == (result.tokens, result.trained_tokens)
 
 
-def test_a_mean_per_micro_batch_would_be_caught(session: Callable[..., Session]) -> None:
+def test_a_mean_per_micro_batch_would_be_caught(make_loop: Callable[..., Loop]) -> None:
     """The test above can fail: the rows differ in trained tokens, so the usual bug changes the gradient."""
-    loop = looped(session({"optimization.max_grad_norm": 0}))
+    loop = make_loop({"optimization.max_grad_norm": 0})
     trained = [int(loop.batch([row])["num_trained"]) for row in range(4)]
     assert max(trained) > 1.2 * min(trained)
 
 
-def test_rows_without_loss_and_empty_micro_batches_add_nothing(session: Callable[..., Session]) -> None:
-    loop = looped(session({"optimization.max_grad_norm": 0}))
+def test_rows_without_loss_and_empty_micro_batches_add_nothing(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop({"optimization.max_grad_norm": 0})
     plain, result = gradients(loop, [(0,), (1,)])
-    loop = looped(session({"optimization.max_grad_norm": 0}))
+    loop = make_loop({"optimization.max_grad_norm": 0})
     padded, same = gradients(loop, [(0,), (), (1,), ()])
     assert same == result and torch.equal(padded, plain)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(session: Callable[..., Session]) -> None:
-    loop = looped(session())
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_loop: Callable[..., Loop]) -> None:
+    loop = make_loop()
     model = loop.stepper.model_inside()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "norm" in n).fill_(float("inf"))
@@ -146,10 +115,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(session: Call
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_packed_samples_do_not_see_each_other(session: Callable[..., Session]) -> None:
+def test_packed_samples_do_not_see_each_other(make_loop: Callable[..., Loop]) -> None:
     """The loss of a packed row is the sum of its samples' losses, each alone."""
     for kernels in ("on", "off"):
-        loop = looped(session({"strategy.kernels": kernels}))
+        loop = make_loop({"strategy.kernels": kernels})
         row = max(loop.rows, key=len)
         assert len(row) > 1
         with torch.no_grad():
