@@ -37,15 +37,14 @@ def reserved(r: MemoryRequest, s: States, a: Activations, allocated: int) -> int
     return int(max(total, least, allocated))
 
 
-def process(r: MemoryRequest, moments: Iterable[Mapping[str, int]]) -> int:
-    """Bytes the process cannot do without: live bytes, holes that stay, CUDA context and communicator."""
+def process(r: MemoryRequest, moments: Iterable[tuple[int, Mapping[str, int]]]) -> int:
+    """Bytes the process cannot do without: live bytes, holes that stay, CUDA context and communicator.
+
+    `moments` are (live bytes, live bytes by component); holes are a share of what comes and goes, the activations.
+    """
     share = C["irreducible_share_sharded" if r.parallel in SHARDED else "irreducible_share"]
-    needed = max(sum(parts.values()) + share * _moving(parts) for parts in moments)
+    needed = max(live + share * (parts.get("activations", 0) + parts.get("logits", 0)) for live, parts in moments)
     return int(needed) + C["cuda_context_bytes"] + (C["communicator_bytes"] if r.gpus > 1 else 0)
-
-
-def _moving(parts: Mapping[str, int]) -> int:
-    return parts.get("activations", 0) + parts.get("logits", 0)
 
 
 def _shares(r: MemoryRequest) -> tuple[float, float]:
