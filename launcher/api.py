@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import backends, record
 from .cluster import Cluster, load_cluster
 from .config import build_config, dump_config, load_config
-from .errors import JobFailed, NothingFits, RunError, SchedulerRefused
+from .errors import JobFailed, NothingFits, RunError, SchedulerRefused, UserError
 from .job import JobHandle, JobState
 from .model_spec import load_model_spec
 from .plan import Plan
@@ -104,6 +105,7 @@ def preflight(decided: Plan) -> Prepared | None:
     """
     if decided.cluster.scheduler != "local" and not can_read_data():
         return None
+    refuse_missing_trackers(decided.config)
     from ..training import load
     from ..training.data import prepare
 
@@ -121,17 +123,14 @@ def preflight(decided: Plan) -> Prepared | None:
 
 def can_read_data() -> bool:
     """Whether what tokenizing needs is installed; asked without importing it."""
-    from importlib.util import find_spec
-
     return all(find_spec(name) for name in ("torch", "transformers", "datasets"))
 
 
 def write(folder: RunFolder, decided: Plan, data: Prepared | None) -> None:
     """Beside, then renamed: a run folder exists whole or not at all."""
-    folder.root.parent.mkdir(parents=True, exist_ok=True)
     beside = RunFolder(folder.root.with_name(f".{folder.root.name}.{os.getpid()}"))
-    beside.root.mkdir()
     try:
+        beside.root.mkdir(parents=True)
         beside.config.write_text(dump_config(decided.config), encoding="utf-8")
         beside.plan.write_text(decided.model_dump_json(indent=1) + "\n", encoding="utf-8")
         record.create(
@@ -160,6 +159,14 @@ def refuse_what_cannot_start(decided: Plan) -> None:
             f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
             "does not start; one device and ddp without offload it does: --set strategy.parallel=ddp."
         )
+
+
+def refuse_missing_trackers(config: TrainConfig) -> None:
+    """accelerate leaves out a tracker that is not installed, and says nothing when another one is there."""
+    for name in config.tracking:
+        if find_spec(name) is None:
+            package = name.replace("_", "-")
+            raise UserError(f"tracking: {name} is not installed; `pip install {package}`, or go without: --set tracking=[].")
 
 
 def refuse_to_resume(folder: RunFolder) -> None:
