@@ -19,7 +19,7 @@ Bytes of a parameter (P of them, cut over N ranks): 16-bit full fine-tuning 2 + 
 mixed precision under FSDP 4 + 4 + 8 (+ 4), over N; ZeRO-3 2 + 2 + 12, over N (Rajbhandari et al. 2020, arXiv
 1910.02054); NF4 0.5 + absmax (arXiv 2305.14314). FSDP gathers the root unit for the whole pass and blocks as they
 compute (Zhao et al. 2023, arXiv 2304.11277). FSDP1 under a frozen base holds L - 2 more hidden states through
-backward (measured, fms-acceleration); FSDP2 does not (measured on a CPU rank with torch 2.13).
+backward (measured, fms-acceleration); FSDP2 does not (measured on two CPU ranks with torch 2.13).
 
 Data loading, generation during evaluation and memory outside PyTorch's allocator other than context and communicator
 are left out. `docs/accuracy.md` has the estimate beside 123 published measurements.
