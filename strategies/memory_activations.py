@@ -215,10 +215,13 @@ def _product_transient(r: MemoryRequest) -> int:
 
 
 def _selective(r: MemoryRequest) -> float:
-    """Bytes that per-operation checkpointing keeps in a block: attention output and every second matrix product."""
+    """Bytes that per-operation checkpointing keeps in a block: the attention output and every second matrix product,
+    q, v, gate and down; an eager adapter adds two products, of which the wide one is kept as well."""
     m, e = r.model, hidden_width(r)
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
-    return (q + q + kv + m.intermediate_size + m.hidden_size) * e * r.tokens
+    wide = {"q": q, "v": kv, "gate": m.active_experts * m.intermediate_size, "down": m.active_experts * m.hidden_size}
+    eager = r.lora_targets or () if r.adapters and r.kernels != "trebuchet" else ()
+    return (q + sum(size * (2 if name in eager else 1) for name, size in wide.items())) * e * float(r.tokens)
 
 
 def _loss(r: MemoryRequest) -> tuple[int, int]:
