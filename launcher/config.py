@@ -87,7 +87,7 @@ def _parse(text: str, source: str) -> tuple[Tree, dict[tuple[str, ...], int]]:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError([f"{where}not valid YAML: {getattr(error, 'problem', None) or error}"], source) from None
-    if not isinstance(tree, dict):
+    if node is None or not isinstance(tree, dict):
         raise ConfigError(["the file must hold keys and values; two are enough, `model:` and `data:`"], source)
     lines: dict[tuple[str, ...], int] = {}
     twice = [f"line {line}: {'.'.join(path)}: written twice" for path, line in _walk(node, (), lines)]

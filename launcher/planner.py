@@ -2,7 +2,8 @@
 
 The policy, in one place:
 
-1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one.
+1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one. A frozen base that
+   streams from host memory in every step comes last: NF4 on the GPU costs less than the bus.
 2. Layout: the one that moves least: one device, then DDP (a whole copy on each GPU), FSDP2, then ZeRO-3 with the optimizer in host
    memory, then FSDP2 with the parameters there too.
 3. Checkpointing: none, selective, full: the first that fits with a micro-batch of one row.
@@ -69,18 +70,12 @@ def make_plan(config: TrainConfig, model: ModelSpec, cluster: Cluster, *, exampl
     rejected: list[Rejected] = []
     chosen: Chosen | None = None
     reasons: list[str] = []
-    wanted = config.strategy.method
-    for method in METHODS if wanted == "auto" else (wanted,):
-        for layout in layouts(config, hardware):
-            found = fit(config, model, hardware, method, layout)
-            if isinstance(found, Rejected):
-                rejected.append(found)
-                continue
-            chosen = found
+    for method, layout in candidates(config, hardware):
+        found = fit(config, model, hardware, method, layout)
+        if isinstance(found, Chosen):
+            chosen, reasons = found, explain(config, hardware, found, rejected)
             break
-        if chosen:
-            reasons = explain(config, hardware, chosen, rejected)
-            break
+        rejected.append(found)
     notes = advice(config, model, hardware.ranks, chosen, examples)
     return Plan(
         feasible=chosen is not None,
@@ -97,7 +92,9 @@ def make_plan(config: TrainConfig, model: ModelSpec, cluster: Cluster, *, exampl
 def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
     if len(cluster.groups) > 1:
         kinds = ", ".join(f"{g.nodes} x {g.gpus_per_node} {g.gpu or 'CPU'}" for g in cluster.groups)
-        raise ClusterError(f"{cluster.name} has several kinds of nodes ({kinds}); a run uses one: write a cluster file with that group.")
+        raise ClusterError(
+            f"{cluster.name} has several kinds of nodes ({kinds}); a run uses one: write a cluster file with that group."
+        )
     group = cluster.groups[0]
     processes = config.cluster.processes
     if group.gpu is None:
@@ -106,8 +103,21 @@ def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
         return Hardware("cpu", ranks * group.nodes, ranks, round(usable, 2), group.usable_host_gib, group)
     per_node = processes or group.gpus_per_node
     if per_node > group.gpus_per_node:
-        raise ClusterError(f"cluster.processes is {processes} and {cluster.name} has {group.gpus_per_node} GPUs a node; one rank uses one GPU.")
-    return Hardware("cuda", per_node * group.nodes, per_node, round(group.usable_gpu_gib, 2), group.usable_host_gib, group)
+        raise ClusterError(
+            f"cluster.processes is {processes} and {cluster.name} has {group.gpus_per_node} GPUs a node; one rank uses one GPU."
+        )
+    return Hardware(
+        "cuda", per_node * group.nodes, per_node, round(group.usable_gpu_gib, 2), group.usable_host_gib, group
+    )
+
+
+def candidates(config: TrainConfig, hardware: Hardware) -> list[tuple[str, Layout]]:
+    """Every (method, layout) in the order of the policy."""
+    methods = METHODS if config.strategy.method == "auto" else (config.strategy.method,)
+    every = [(method, layout) for method in methods for layout in layouts(config, hardware)]
+    if config.strategy.offload == "auto":  # adapters have next to no optimizer states to move
+        every = [(method, layout) for method, layout in every if method == "full" or layout.offload != "optimizer"]
+    return sorted(every, key=lambda cell: cell[0] != "full" and cell[1].offload != "none")
 
 
 def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
@@ -127,10 +137,15 @@ def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
 def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout) -> Chosen | Rejected:
     """The lightest checkpointing and the largest micro-batch that fit, or the numbers of the leanest try."""
 
-    def no(reason: str, memory: Memory | None = None) -> Rejected:
-        needed = memory.process_gib if memory else None
-        usable = memory.usable_gib if memory else None
-        return Rejected(method=method, parallel=layout.parallel, offload=layout.offload, needed_gib=needed, usable_gib=usable, reason=reason)
+    def no(reason: str, needed: float | None = None, usable: float | None = None) -> Rejected:
+        return Rejected(
+            method=method,
+            parallel=layout.parallel,
+            offload=layout.offload,
+            needed_gib=needed,
+            usable_gib=usable,
+            reason=f"{method}, {spell(layout)}: {reason}",
+        )
 
     impossible = cannot(config, hardware, method, layout)
     if impossible:
@@ -143,10 +158,11 @@ def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, 
             if memory.process_gib <= memory.usable_gib and memory.host_gib <= hardware.host_gib:
                 return choose(config, model, hardware, method, layout, checkpointing, micro, memory)
     assert memory is not None
-    if memory.process_gib <= memory.usable_gib:
-        return no(f"{method}, {spell(layout)}: {memory.host_gib:.1f} GiB of host memory a node needed, {hardware.host_gib:.1f} usable", memory)
-    where = "this machine" if hardware.device == "cpu" else f"a {hardware.group.gpu}"
-    return no(f"{method}, {spell(layout)}: {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable on {where}", memory)
+    needed, usable, where = memory.host_gib, hardware.host_gib, "of host memory on a node"
+    if memory.process_gib > memory.usable_gib:
+        needed, usable = memory.process_gib, memory.usable_gib
+        where = "on this machine" if hardware.device == "cpu" else f"on a {hardware.group.gpu}"
+    return no(f"{needed:.1f} GiB needed, {usable:.1f} usable {where}", needed, usable)
 
 
 def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
@@ -180,7 +196,13 @@ def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
 
 
 def measure(
-    config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout, checkpointing: str, micro: int
+    config: TrainConfig,
+    model: ModelSpec,
+    hardware: Hardware,
+    method: str,
+    layout: Layout,
+    checkpointing: str,
+    micro: int,
 ) -> Memory:
     accumulation = accumulate(config, hardware, micro)
     found: MemoryEstimate = estimate(
@@ -222,7 +244,14 @@ def measure(
 
 
 def choose(
-    config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout, checkpointing: str, micro: int, memory: Memory
+    config: TrainConfig,
+    model: ModelSpec,
+    hardware: Hardware,
+    method: str,
+    layout: Layout,
+    checkpointing: str,
+    micro: int,
+    memory: Memory,
 ) -> Chosen:
     rate = config.optimization.learning_rate
     values = {
@@ -250,7 +279,11 @@ def choose(
 def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, rejected: list[Rejected]) -> list[str]:
     """Why this one, in sentences with the numbers that decided."""
     named = config.strategy.method != "auto"
-    method = f"{chosen.method}: you asked for it" if named else f"{chosen.method}: the first that fits in the order full, lora, qlora"
+    method = (
+        f"{chosen.method}: you asked for it"
+        if named
+        else f"{chosen.method}: the first that fits in the order full, lora, qlora"
+    )
     memory = chosen.memory
     out = [f"{method}; {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable"]
     if chosen.parallel != "none":
