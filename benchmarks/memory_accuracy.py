@@ -40,9 +40,9 @@ OTHERS = (
 WHY = {
     "PowerLM-3B": "transformers 4.45 frees the 16-bit logits before the loss (12 bytes a logit); later versions, and "
     "the formula, keep them (14)",
-    "LG-012": "LitGPT's 4-bit linear of 2023 kept one copy of each input; its 2024 version, and the formula, keep two",
+    "LG-012": "LitGPT's 4-bit linear kept one copy of each input in 2023 and two in 2024; the formula takes 1.75",
     "LG-013": "as LG-012",
-    "LG-074": "two copies of each input are slightly too many where every layer has an adapter",
+    "LG-074": "as LG-012, and every layer has an adapter",
 }
 
 

@@ -236,7 +236,8 @@ def _loss(r: MemoryRequest) -> tuple[int, int]:
     if r.kernels == "ce":
         return int(C["logit_bytes_ce"] * v * t + 2 * h * e * t), 0
     if r.kernels == "chunked-ce":
-        per_logit = C["logit_bytes_chunked"] if r.adapters else C["logit_bytes_chunked_full"]
+        kind = {"full": "_full", "qlora": "_4bit_head"}.get(r.method, "")
+        per_logit = C["logit_bytes_chunked" + kind]
         return int(per_logit * v * t + 2 * h * e * t), 0
     if r.kernels == "fused":
         chunk = min(t, _power_of_two(-(-t // -(-v // h))))

@@ -26,6 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": ("none", "ce", "fused", "chunked-ce", "trebuchet"),
 }
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+ALIASES = {"accumulation": "grad_accum"}  # as a plan spells it
 SHARDED = ("fsdp1", "fsdp2", "zero3")
 
 
@@ -213,7 +214,7 @@ class MemoryRequest:
 
         Raises ValueError for an unknown key (naming the nearest known one) and for a value outside its set.
         """
-        values = _known(data, cls, "")
+        values = _known({ALIASES.get(key, key): value for key, value in data.items()}, cls, "")
         if not isinstance(values.get("model"), Mapping):
             raise ValueError("model must be an object with hidden_size, intermediate_size, num_layers and so on")
         values["model"] = ModelDims(**_known(values["model"], ModelDims, "model."))

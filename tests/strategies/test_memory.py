@@ -138,6 +138,16 @@ def test_a_published_run_as_a_request() -> None:
     assert estimate(MemoryRequest.from_dict(as_json())).peak_allocated_bytes / GIB == pytest.approx(54.96, rel=0.01)
 
 
+def test_a_plan_s_word_for_accumulation_is_understood() -> None:
+    assert MemoryRequest.from_dict(as_json(accumulation=8)).grad_accum == 8
+    assert MemoryRequest.from_dict(as_json(grad_accum=8)).grad_accum == 8
+
+
+def test_all_linear_and_comma_lists_are_targets() -> None:
+    assert MemoryRequest.from_dict(as_json(lora_targets="all-linear")).lora_targets == LINEARS
+    assert MemoryRequest.from_dict(as_json(lora_targets="q, v")).lora_targets == ("q", "v")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
