@@ -134,6 +134,10 @@ def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
     yield from named
 
 
+def last_resort(layout: Layout) -> bool:
+    return layout.offload == "params"
+
+
 def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout) -> Chosen | Rejected:
     """The lightest checkpointing and the largest micro-batch that fit, or the numbers of the leanest try."""
 
