@@ -108,7 +108,7 @@ def check_hardware(world: int, device: str, chosen: Chosen) -> None:
 def describe(problem: BaseException) -> str:
     """One paragraph for failures that have a known way out, else the exception in a line."""
     text = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
-    if "out of memory" in text.lower() or isinstance(problem, MemoryError):
+    if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(problem, MemoryError):
         return f"out of memory: {text}. Lower optimization.micro_batch or data.max_length, or choose lora or qlora."
     if isinstance(problem, OSError) and problem.errno == 28:
         return f"no space left on the device that holds {problem.filename or 'the run folder'}; free some and `trebuchet resume`."

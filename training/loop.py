@@ -65,6 +65,9 @@ class Loop:
         progress = Progress(self.runtime, steps, first)
         saved = first
         try:
+            if self.runtime.stopping():  # asked while the model was loaded: there is nothing to save yet
+                progress.say(f"stopped before step {first + 1}/{steps}")
+                return False
             for step in range(first, steps):
                 self.train_step(step, progress)
                 done = step + 1
@@ -106,8 +109,10 @@ class Loop:
         if self.stepper.scaler:
             state["scaler"] = self.stepper.scaler.state_dict()
         parts = {"model": self.stepper.model_inside(), "optimizer": self.stepper.optimizer, "state": state}
+        began = time.perf_counter()
         checkpoint.save(self.runtime.folder, done, parts, rank=self.runtime.rank, barrier=self.runtime.barrier)
         if self.runtime.main:
+            record.update(self.runtime.folder, save_s=round(time.perf_counter() - began, 3))  # sizes a job's warning
             checkpoint.prune(self.runtime.folder, self.checkpointing.keep)
 
     def say(self, text: str) -> None:
@@ -117,6 +122,7 @@ class Loop:
 
 def due(every: float, steps: int) -> set[int]:
     """The steps after which something is due: each `every` steps, or each share `every` of the run when below 1."""
-    if every >= 1:
-        return set(range(int(every), steps + 1, int(every)))
-    return {math.ceil(steps * every * i) for i in range(1, math.floor(1 / every) + 1)}
+    if every >= 1 or steps * every <= 1:
+        return set(range(max(1, int(every)), steps + 1, max(1, int(every))))
+    # Rounded first: 24 x 0.1 x 10 is 24.000000000000004, and the end of the run must be among them.
+    return {math.ceil(round(steps * every * i, 6)) for i in range(1, math.floor(1 / every + 1e-9) + 1)}
