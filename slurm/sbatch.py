@@ -18,7 +18,7 @@ from ..launcher.job import JobSpec
 from .site import Container, Site
 
 LOG = "logs/slurm.log"  # in the run folder: what the script, srun and Slurm itself say
-PLAIN = re.compile(r"[\w@+=:,./\[\]-]+")
+PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
 # A path that stands in an #SBATCH line literally: no line break, none of its quotes and escapes, no %j.
 LITERAL = re.compile(r"[^\x00-\x1f\x7f\\%\"'#]+")
 
@@ -138,6 +138,7 @@ def _site_lines(site: Site) -> str:
     lines = [*site.setup]
     if site.modules:
         lines += [
+            "# shellcheck disable=SC1091",
             "command -v module >/dev/null || source /etc/profile",
             *(f"module load {quote(m)}" for m in site.modules),
         ]

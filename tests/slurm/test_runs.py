@@ -1,20 +1,32 @@
-"""Runs of a tiny model on a real Slurm."""
+"""Runs of a tiny model on a real Slurm: to their end, through preemption, killed ranks and lost nodes, past the time limit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from trebuchet.launcher import api, logs, record
+import yaml
+from trebuchet.launcher import api, cli, logs, record
 from trebuchet.launcher.job import JobState
-from trebuchet.launcher.run_folder import RunFolder
+from trebuchet.launcher.run_folder import RunFolder, open_run
 
-from .cluster import SlurmCluster
+from .cluster import SlurmCluster, wait_for
 
 pytestmark = pytest.mark.slow
+Config = Callable[..., dict[str, Any]]
+FOUR_RANKS = {
+    "optimization.max_steps": 120, "checkpointing.every": 15, "evaluation.every": 120, "evaluation.generations": 0,
+    "data.packing": False, "data.max_length": 64,
+}  # fmt: skip
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
@@ -26,14 +38,161 @@ def finish(folder: RunFolder) -> list[str]:
     return list(logs.lines(folder, follow=True))
 
 
-def test_submitted_followed_to_its_end(
-    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
+def said(folder: RunFolder) -> str:
+    log = folder.logs / "slurm.log"
+    return f"{json.dumps(record.read(folder), indent=1)}\n{log.read_text() if log.exists() else 'no log'}"
+
+
+def wait_for_step(folder: RunFolder, step: int, attempt: int) -> None:
+    """Until `attempt` (counted from 1) has done `step` steps."""
+
+    def there() -> bool:
+        found = record.read(folder)
+        assert not JobState(found["state"]).ended, said(folder)
+        return len(found["attempts"]) >= attempt and found["state"] == "RUNNING" and found["step"] >= step
+
+    wait_for(there, 150, lambda: f"step {step} of attempt {attempt}; {said(folder)}")
+
+
+def rank_process(folder: RunFolder, rank: int) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.cmdline()[-2:] == ["trebuchet.launcher.worker", str(folder.root)]
+            if ours and process.environ().get("RANK") == str(rank):
+                return process
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def submit(config: dict[str, Any], cluster: str) -> RunFolder:
+    return RunFolder(api.submit(config, cluster=cluster).folder)
+
+
+def test_four_ranks_through_preemption_a_killed_rank_and_a_lost_node(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
-    handle = api.submit(
-        tiny_config({"optimization.max_steps": 4}, output=str(tmp_path / "run")), cluster=cluster_file()
+    """Two nodes with two gloo ranks each, disturbed three times: the losses of the undisturbed run, to the bit."""
+    cluster = cluster_file(nodes=2)
+    ranks = {"name": cluster, "processes": 2}
+    whole = submit(tiny_config(FOUR_RANKS, output=str(tmp_path / "whole"), cluster=ranks), cluster)
+    lines = finish(whole)
+    assert record.read(whole)["state"] == "SUCCEEDED", said(whole)
+    assert {line[:4] for line in lines if line.startswith("[")} >= {"[0] "}
+    expected = losses(whole)
+    assert list(expected) == list(range(1, 121))
+
+    run = submit(tiny_config(FOUR_RANKS, output=str(tmp_path / "disturbed"), cluster=ranks), cluster)
+    wait_for_step(run, 5, attempt=1)
+    slurm.ask("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
+    wait_for_step(run, 35, attempt=2)
+    rank_process(run, 2).kill()
+    wait_for_step(run, 70, attempt=3)
+    lost = record.read(run)["attempts"][-1]["nodes"][-1]
+    slurm.kill_node(lost)
+    try:
+        finish(run)
+    finally:
+        slurm.start_node(lost)
+    found = record.read(run)
+    assert found["state"] == "SUCCEEDED", said(run)
+    first, second, third, fourth = found["attempts"]
+    assert len({attempt["handle"] for attempt in found["attempts"]}) == 1  # one job id through all of it
+    assert first["kind"] == "preempted" and first["state"] == "PREEMPTED" and "saved in time" in first["reason"]
+    assert second["first_step"] == first["last_step"] >= 5  # nothing lost with a warning
+    assert second["kind"] == "node" and "rank 2" in second["reason"] and "Killed" in second["reason"]
+    assert third["first_step"] >= second["last_step"] - 15  # one checkpoint interval without
+    assert second["nodes"][1] not in third["nodes"]  # the node of the killed rank is avoided
+    assert third["kind"] == "node" and lost in third["reason"] and lost not in fourth["nodes"]
+    assert fourth["first_step"] >= third["last_step"] - 15 and fourth["state"] == "SUCCEEDED"
+    assert losses(run) == expected
+    weights = [folder.model / "model.safetensors" for folder in (whole, run)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_time_limit_cancel_and_resume(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
+    """A run without end: goes on after its time limit under the same id, stops when it is told to, is resumed as a new job."""
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 10**5, "evaluation.every": 10**5, "data.eval": 0}
+    run = submit(tiny_config(changes, output=str(tmp_path / "run")), cluster_file(warning_s=60))
+    wait_for_step(run, 2, attempt=1)
+    job = record.read(run)["submitted"].rpartition("/")[2]
+    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=3")
+    wait_for_step(run, 3, attempt=2)
+    first, second = record.read(run)["attempts"]
+    assert first["kind"] == "time-limit" and first["state"] == "TIMEOUT" and "saved in time" in first["reason"], said(run)
+    assert second["first_step"] == first["last_step"] and second["handle"] == first["handle"]
+
+    assert cli.main(["cancel", str(run.root)]) == 0
+    assert any("stopped after step" in line for line in finish(run))
+    found = record.read(run)
+    assert (found["state"], found["exit_code"], len(found["attempts"])) == ("CANCELLED", 130, 2), said(run)
+    slurm.wait_state(job, "COMPLETED", "FAILED")  # and it does not come back
+
+    again = api.resume(str(run.root))
+    assert again.handle != first["handle"]
+    wait_for_step(run, found["step"] + 1, attempt=3)
+    assert record.read(run)["attempts"][-1]["first_step"] == found["step"]
+    slurm.ask("scancel", again.handle.rpartition("/")[2])
+    slurm.wait_state(again.handle.rpartition("/")[2], "CANCELLED")
+    assert api.current_state(run) == JobState.CANCELLED
+
+
+def test_hostile_folder_from_a_login_node_without_torch(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
+    """Submitted by the command line where torch, transformers and datasets cannot be imported; the script is the dry run's."""
+    folder = tmp_path / "a b'c\"$(touch pwned)`touch pwned`\n日本 %j \\ #"
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(tiny_config({"optimization.max_steps": 2, "evaluation.generations": 0}, output=str(folder))))  # fmt: skip
+    bare = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets', 'numpy')));"
+        "from trebuchet.launcher import cli; sys.exit(cli.main(sys.argv[1:]))"
     )
-    folder = RunFolder(handle.folder)
-    finish(folder)
-    found = record.read(folder)
-    assert found["state"] == JobState.SUCCEEDED, (found, (folder.root / "logs/slurm.log").read_text())
-    assert len(losses(folder)) == 4
+    command = [sys.executable, "-c", bare, "submit", "train.yaml", "--cluster", cluster_file()]
+    environment = {**os.environ, "HF_TOKEN": "hf_secret", "WANDB_API_KEY": "secret2"}
+    done = [
+        subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        for more in (["--dry-run"], [])
+    ]
+    assert [d.returncode for d in done] == [0, 0], done[-1].stderr
+    assert "checked in the job's first minute" in done[1].stdout
+    run = open_run(str(folder))
+    script = run.script.read_text(encoding="utf-8")
+    assert done[0].stdout.endswith("\n" + script) and "secret" not in script
+    finish(run)
+    found = record.read(run)
+    assert found["state"] == "SUCCEEDED" and found["step"] == 2 and found["data"]["train"], said(run)
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+    job = found["submitted"].rpartition("/")[2]
+    assert "secret" not in slurm.ask("scontrol", "show", "job", job) + said(run)
+
+
+def test_data_that_only_the_node_can_read_stop_the_job(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"nothing": "known"}\n' * 20)
+    monkeypatch.setattr(api, "can_read_data", lambda: False)
+    run = submit(tiny_config({"data.train": str(tmp_path / "bad.jsonl")}, output=str(tmp_path / "run")), cluster_file())
+    finish(run)
+    found = record.read(run)
+    assert (found["state"], found["exit_code"], len(found["attempts"])) == ("FAILED", 2, 1), said(run)
+    assert "bad.jsonl" in found["error"]
+
+
+def test_waiting_jobs_and_refusals(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cancelled in the queue; refused by sbatch; many states with one question."""
+    runs = [submit(tiny_config(output=str(tmp_path / "runs" / str(i))), cluster_file(extra=["--hold"])) for i in range(3)]
+    assert {api.current_state(run) for run in runs} == {JobState.PENDING}
+    assert cli.main(["cancel", str(runs[0].root)]) == 0 and "taken from the queue" in capsys.readouterr().out
+    slurm.ask("scancel", record.read(runs[1])["submitted"].rpartition("/")[2])
+    assert cli.main(["list", "--json", str(tmp_path / "runs")]) == 0
+    listed = {entry["run"]: entry["state"] for entry in json.loads(capsys.readouterr().out)}
+    assert listed == {"0": "CANCELLED", "1": "CANCELLED", "2": "PENDING"}
+    slurm.ask("scancel", record.read(runs[2])["submitted"].rpartition("/")[2])
+
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(tiny_config(output=str(tmp_path / "refused"))))
+    assert cli.main(["submit", str(tmp_path / "t.yaml"), "--cluster", cluster_file(partition="nowhere")]) == 4
+    assert "invalid partition" in capsys.readouterr().err
+    found = record.read(open_run(str(tmp_path / "refused")))
+    assert found["state"] == "FAILED" and "invalid partition" in found["error"]
