@@ -49,10 +49,7 @@ DECISIONS = [
     ("Qwen/Qwen2.5-0.5B-Instruct", "a100-80gb-8", "full", "ddp", "none"),
     ("meta-llama/Llama-3.1-8B", "h100-64", "full", "fsdp2", "none"),
     ("meta-llama/Llama-3.1-70B", "h100-64", "full", "fsdp2", "none"),
-    pytest.param(
-        "meta-llama/Llama-3.1-70B", "a100-80gb-16", "full", "zero3", "optimizer",
-        marks=pytest.mark.xfail(strict=True, reason="FSDP2 is said to fit with 1 % to spare: no margin yet"),
-    ),
+    ("meta-llama/Llama-3.1-70B", "a100-80gb-16", "full", "zero3", "optimizer"),
     ("meta-llama/Llama-3.1-405B", "rtx4090-2x24gb", None, None, None),
 ]  # fmt: skip
 
