@@ -195,6 +195,8 @@ def _grad(ctx, g_logp, g_lse, g_entropy, _g_argmax, _g_rows):
     want_dh, want_dw = ctx.needs_input_grad[:2]
     want_db = ctx.needs_input_grad[3]
     nothing = (None,) * 8
+    if g_entropy is not None and not g_entropy.numel():
+        g_entropy = None  # the gradient of an output that was not asked for, made up by a tracer
     if ctx.has_rows and g_lse is None and g_entropy is None and not want_dw and not want_db:
         if g_logp is None or not want_dh:
             return None, None, None, None, *nothing
