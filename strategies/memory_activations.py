@@ -239,14 +239,24 @@ def _loss(r: MemoryRequest) -> tuple[int, int]:
         kind = {"full": "_full", "qlora": "_4bit_head"}.get(r.method, "")
         per_logit = C["logit_bytes_chunked" + kind]
         return int(per_logit * v * t + 2 * h * e * t), 0
+    return _chunked_loss(r), 0
+
+
+def _chunked_loss(r: MemoryRequest) -> int:
+    """Bytes at a loss whose logits are never whole: one chunk, the hidden states and their gradient, and, where the
+    head trains, the buffers of its gradient.
+
+    Liger chunks so that logits take about as much as hidden states and converts them; this project's kernels write
+    the gradient over the 16-bit logits, and accumulate the head's in fp32 beside one chunk's product.
+    """
+    m, t = r.model, r.tokens
+    v, h = m.vocab_size, m.hidden_size
     if r.kernels == "fused":
-        chunk = min(t, _power_of_two(-(-t // -(-v // h))))
+        chunk, per_logit, per_weight = _power_of_two(-(-t // -(-v // h))), 8, 2 * compute_width(r)
     else:
-        chunk = min(t, C["head_chunk_frozen"] if r.adapters else C["head_chunk_trained"])
-    head_gradient = 0
-    if not r.adapters:  # ours accumulates in fp32 and casts; the others add each chunk's product
-        head_gradient = v * h * (6 if r.kernels == "trebuchet" else 2 * compute_width(r))
-    return int(chunk * v * 8 + 3 * h * e * t + head_gradient), 0
+        chunk, per_logit, per_weight = C["head_chunk_frozen" if r.adapters else "head_chunk_trained"], 2, 6
+    head_gradient = 0 if r.adapters else per_weight * v * h
+    return min(chunk, t) * v * per_logit + 3 * h * hidden_width(r) * t + head_gradient
 
 
 def _power_of_two(value: int) -> int:
