@@ -17,7 +17,7 @@ from ...launcher.errors import DataError
 from .layouts import Chat, Example, Plain
 from .readers import RowError
 from .rendering import Renderer
-from .spans import Rendered, find_spans
+from .spans import Rendered, SpanFinder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +56,7 @@ class Encoder:
         special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         self.special_ids = frozenset(special)
         self.specials = tuple(sorted(filter(None, special.values()), key=len, reverse=True))
+        self._finder = SpanFinder(renderer, self.specials) if renderer else None
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
         """One result per example, in order."""
@@ -69,7 +70,7 @@ class Encoder:
     def check_agreement(self, example: Example, encoded: Encoded) -> None:
         """Our batched way gives the ids that the tokenizer's own front door gives; called once a source."""
         if isinstance(example, Plain):
-            ids = self._tokenizer(example.prompt + example.completion)["input_ids"]
+            ids = self._tokenizer(example.prompt + example.completion, verbose=False)["input_ids"]
             same = encoded.ids[: len(ids)].tolist() == ids
         else:
             assert self.renderer is not None  # or there would be no encoded chat
@@ -107,7 +108,7 @@ class Encoder:
     def _chats(self, chats: Sequence[Chat]) -> list[Encoded | RowError]:
         if not chats:
             return []
-        if self.renderer is None:
+        if self.renderer is None or self._finder is None:
             raise DataError(
                 f"{self.name} has no chat template, and the data are conversations. Set data.chat_template: a Jinja "
                 f"file, or by name alpaca (any tokenizer) or chatml (one that has its tokens); or give prompt and "
@@ -119,7 +120,7 @@ class Encoder:
                 t if isinstance(t, RowError) else Rendered(text=t, spans=[(0, len(t))], method="whole") for t in texts
             ]
         else:
-            found = find_spans(chats, self.renderer, self.specials)
+            found = self._finder.find(chats)
         good = [(chat, f) for chat, f in zip(chats, found, strict=True) if isinstance(f, Rendered)]
         encodings = self._backend.encode_batch([f.text for _, f in good], add_special_tokens=False)
         results = iter(self._masked(good, encodings))

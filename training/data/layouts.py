@@ -111,8 +111,8 @@ def recognise(columns: Collection[str], wanted: str, *, pretrain: bool, source: 
         )
     layouts = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
     raise DataError(
-        f"{source}: the columns ({found}) fit no known layout ({layouts}). Map them with columns, for example "
-        f"columns: {{prompt: {min(columns, default='QUESTION')}, completion: {max(columns, default='ANSWER')}}}."
+        f"{source}: the columns ({found}) fit no known layout ({layouts}). Say which of yours is which, for example "
+        f"columns: {{prompt: NAME, completion: NAME}}."
     )
 
 

@@ -42,11 +42,12 @@ def check_store(store: Store, name: str, unit: str, template: str | None, tokeni
     origin = template or "the text"
     eos = tokenizer.eos_token
     sentences = {
-        "nothing_trained": f"no token of theirs carries loss under {origin}. Look at its {{% generation %}} marks.",
+        "nothing_trained": f"no token of theirs carries loss under {origin}: the tokenizer drops the answers.",
         "all_trained": f"every token carries loss under {origin}, the prompt too. Let it mark the assistant's part "
         f"alone, or ask for this with data.train_on: all.",
         "no_end": f"no end token closes the assistant's part under {origin}, so the model would never learn to stop. "
-        f"The template must write {eos} (eos_token) or another special token after every assistant turn.",
+        f"The template must write {eos} (eos_token) or another special token after every assistant turn, inside the "
+        f"{{% generation %}} block if it has one.",
         "double_bos": f"they begin with {tokenizer.bos_token} twice. "
         + ("Take it out of the template." if template else "Take it out of the text: the tokenizer adds its own."),
     }

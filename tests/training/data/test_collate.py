@@ -62,7 +62,7 @@ def alone(model: LlamaForCausalLM, sample: Sample) -> torch.Tensor:
 
 
 def test_packed_rows_equal_each_sample_alone(llama: LlamaForCausalLM) -> None:
-    """Rows of several samples, of one, with padding and to a multiple. 1e-5: fp32 sums in another order (5e-8 seen). Where
+    """Rows of several samples, of one, with padding, to a multiple. 1e-5: fp32 sums in another order (5e-8 seen). Where
     samples see their neighbours the loss moves by 7 %, as the last lines show."""
     parts = samples([7, 1, 20, 33, 5, 12])
     rows = [[parts[0], parts[1], parts[2]], [parts[3], parts[4]], [parts[5]]]

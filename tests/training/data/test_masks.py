@@ -9,11 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from trebuchet.launcher.errors import DataError
 from trebuchet.training.data.encoding import Encoder
 from trebuchet.training.data.layouts import Chat
 from trebuchet.training.data.readers import RowError
 from trebuchet.training.data.rendering import find_template
+from trebuchet.training.data.spans import SpanFinder, one_by_one
 
 from . import kit
 from .conftest import Prep
@@ -26,6 +28,7 @@ KINDS = {
     "chatml": (kit.CHATML, "<|im_end|>", "incremental"),
     "llama3": (kit.LLAMA3, "<|eot_id|>", "incremental"),
     "generation": (kit.GENERATION, "<|im_end|>", "generation"),
+    "two blocks": (kit.TWO_BLOCKS, "<|end|>", "generation"),
     "phi3": (kit.PHI3, "<|end|>", "sentinel"),
     "thinking": (kit.THINK, "<|im_end|>", "sentinel"),
 }
@@ -47,6 +50,13 @@ def test_one_round_is_masked_like_several(name: str, byte_level: Tokenizer, prep
     template, end, _ = KINDS[name]
     tokenizer = wrap(byte_level, template, eos=end)
     assert trained_texts(prep([chat("Hello", "Hi there.")], tokenizer), tokenizer) == ["Hi there." + end]
+
+
+def test_what_the_generation_prompt_leaves_out_has_to_be_learnt(byte_level: Tokenizer, prep: Prep) -> None:
+    """Zephyr's prompt ends before the newline of the header, so the model must write that newline itself."""
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    tokenizer = wrap(byte_level, template + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    assert trained_texts(prep([TALK], tokenizer), tokenizer)[0] == "\nFour.<|end|>"
 
 
 def test_ids_and_mask_equal_those_put_together_from_pieces(chatml: Any, prep: Prep) -> None:
@@ -79,6 +89,25 @@ def test_any_text_is_masked_exactly_or_refused(name: str, byte_level: Tokenizer,
     trained = [str(tokenizer.decode(ids.tolist())) for ids, mask in runs if mask[0]]
     assert [text.removesuffix(end).strip() for text in trained] == [answer.strip() for answer in turns[1::2]]
     assert all(text.endswith(end) for text in trained) and found.ends
+
+
+@pytest.mark.parametrize("name", KINDS)
+@settings(max_examples=25, deadline=None)
+@given(
+    turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), system=st.none() | words
+)
+def test_spans_carried_over_from_a_skeleton_are_those_of_the_row_itself(
+    name: str, byte_level: Tokenizer, turns: list[str], system: str | None
+) -> None:
+    tokenizer = wrap(byte_level, KINDS[name][0])
+    renderer = find_template(None, tokenizer, "tiny")
+    assert renderer is not None
+    specials = tuple(sorted(tokenizer.all_special_tokens + kit.SPECIAL, key=len, reverse=True))
+    talk = Chat(messages=chat(*turns, system=system)["messages"])
+    [found] = SpanFinder(renderer, specials).find([talk])
+    if not renderer.marks:
+        [text] = renderer.render([talk.messages], [None])
+        assert [found] == one_by_one([talk], [str(text)], renderer, specials)
 
 
 def test_an_end_token_inside_an_answer_does_not_end_it(chatml: Any, prep: Prep) -> None:
@@ -159,7 +188,7 @@ def test_pretrain_trains_every_token_and_loses_none_of_a_long_document(base: Any
         (
             kit.GENERATION.replace("'assistant'", "'nobody'"),
             [TALK],
-            "marks 0 {% generation %} blocks for 2 assistant turns",
+            "marks 0 parts with {% generation %} for 2 assistant turns",
         ),
         ("{% for m in messages %}{{ m.contents.x }}{% endfor %}", [TALK], "fails on role 'system' .* UndefinedError"),
         ("{% for m in %}", [TALK], "the chat template of tiny, line 1: not a Jinja template"),
@@ -170,6 +199,32 @@ def test_a_template_that_fails_is_refused_with_the_row(
 ) -> None:
     with pytest.raises(DataError, match=says):
         prep(rows, wrap(byte_level, template))
+
+
+class LowerCase(PreTrainedTokenizerFast):
+    """Changes text before its tokenizer.json sees it, as tokenizers with code of their own do."""
+
+    def __call__(self, text: Any, **kwargs: Any) -> Any:
+        return super().__call__(text.lower() if isinstance(text, str) else [t.lower() for t in text], **kwargs)
+
+
+@pytest.mark.parametrize("row", [chat("Hello", "There"), {"text": "Hello There"}])
+def test_a_tokenizer_whose_own_call_gives_other_ids_is_refused(row: Any, byte_level: Tokenizer, prep: Prep) -> None:
+    tokenizer = LowerCase(tokenizer_object=byte_level, bos_token="<|bos|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = kit.CHATML
+    with pytest.raises(DataError, match=r"gives other ids when it is called than its tokenizer\.json does"):
+        prep([row], tokenizer)
+
+
+def test_truncation_and_padding_left_in_tokenizer_json_do_nothing(byte_level: Tokenizer, prep: Prep) -> None:
+    backend = Tokenizer.from_str(byte_level.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|im_end|>")
+    tokenizer.chat_template = kit.CHATML
+    prepared = prep([TALK, chat("Hello", "Hi there.")], tokenizer)
+    assert trained_texts(prepared, tokenizer, 1) == ["Hi there.<|im_end|>"]
+    assert prepared.train.lengths[1] < 30 < prepared.train.lengths[0]
 
 
 def test_tools_reach_the_template(byte_level: Tokenizer, prep: Prep) -> None:

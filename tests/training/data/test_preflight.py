@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from trebuchet.launcher.errors import DataError
 
 from . import kit
@@ -38,6 +38,16 @@ def test_masks_that_would_train_the_wrong_thing(template: str, says: str, byte_l
         with pytest.raises(DataError, match=says) as caught:
             prep(chats(5), tokenizer)
         assert "\n" not in str(caught.value)
+
+
+def test_answers_of_which_no_token_is_left(byte_level: Tokenizer, prep: Prep) -> None:
+    deaf = Tokenizer.from_str(byte_level.to_str())
+    deaf.normalizer = normalizers.Replace("ø", "")
+    tokenizer = wrap(
+        deaf, "{% for m in messages %}{{ m.role }}:\n{{ m.content }}{% if not loop.last %}\n{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match=r"1 of 2 samples \(the first: line 2\): no token of theirs carries loss"):
+        prep([chat("a", "b"), chat("a", "ø")], tokenizer)
 
 
 def test_the_same_template_passes_when_all_tokens_are_asked_for(byte_level: Tokenizer, prep: Prep) -> None:
@@ -109,8 +119,6 @@ def test_a_template_that_is_not_there(choice: str, says: str, chatml: Any, prep:
 
 
 def test_chatml_for_a_tokenizer_without_its_tokens(prep: Prep) -> None:
-    from tokenizers import models, pre_tokenizers
-
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "<|eos|>": 1, "<|bos|>": 2, "<|pad|>": 3}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DataError, match=r"chatml writes <\|im_start\|>, which is no token of tiny"):
