@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def trl(folder: Path, steps: int) -> dict[str, Any]:
     )
     trainer.train()
     counted.append((0, time.perf_counter()))
-    spans = list(zip(counted, counted[1:], strict=False))[WARM:]
+    spans = list(pairwise(counted))[WARM:]
     speed = sum(a[0] for a, _ in spans) / sum(b[1] - a[1] for a, b in spans)
     return {"tokens_per_s": speed, "rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 

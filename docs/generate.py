@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the schema, so that the page cannot say something else than the code.
 
-    python docs/generate.py            a test fails when the page was not written again after a change
+python docs/generate.py            a test fails when the page was not written again after a change
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def sections() -> list[str]:
         if name == "data":
             from trebuchet.launcher.schema import Source
 
-            out += ["\nEach entry of `data.train` and `data.eval`; a path alone is `{path: PATH}`:\n\n", table(Source, schema, "")]
+            out += [
+                "\nEach entry of `data.train` and `data.eval`; a path alone is `{path: PATH}`:\n\n",
+                table(Source, schema, ""),
+            ]
     return out
 
 
@@ -58,7 +61,9 @@ def table(section: type[BaseModel], schema: dict[str, Any], prefix: str, *, head
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             continue
         field = section.model_fields[name]
-        default = "`runs/NAME`" if name == "output" else "required" if field.is_required() else show(field.get_default())
+        default = (
+            "`runs/NAME`" if name == "output" else "required" if field.is_required() else show(field.get_default())
+        )
         lines.append(f"| `{prefix}{name}` | {values(value)} | {default} | {value.get('description', '')} |")
     return "\n".join(lines) + "\n" if len(lines) > (2 if head else 0) else ""
 
@@ -78,7 +83,13 @@ def values(value: dict[str, Any]) -> str:
         return f"list of {values(items)}" if items else "list"
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     bounds = ", ".join(f"{sign} {value[key]}" for key, sign in limits.items() if key in value)
-    kind = {"string": "text", "integer": "integer", "number": "number", "boolean": "true or false", "object": "mapping"}.get(value.get("type", ""), "")
+    kind = {
+        "string": "text",
+        "integer": "integer",
+        "number": "number",
+        "boolean": "true or false",
+        "object": "mapping",
+    }.get(value.get("type", ""), "")
     return f"{kind} {bounds}".strip()
 
 

@@ -26,8 +26,15 @@ def _data(config: TrainConfig, examples: int | None) -> list[str]:
         )
     if config.data.eval == 0:
         out.append("no held-out rows (data.eval is 0): nothing will tell whether training helped.")
-    if examples is not None and examples > 50_000 and config.optimization.epochs > 2 and config.optimization.max_steps is None:
-        out.append(f"{examples:,} examples for {config.optimization.epochs:g} epochs: one or two passes are usual above 50,000.")
+    if (
+        examples is not None
+        and examples > 50_000
+        and config.optimization.epochs > 2
+        and config.optimization.max_steps is None
+    ):
+        out.append(
+            f"{examples:,} examples for {config.optimization.epochs:g} epochs: one or two passes are usual above 50,000."
+        )
     return out
 
 
@@ -37,15 +44,21 @@ def _settings(config: TrainConfig, model: ModelSpec, ranks: int, chosen: Chosen 
     if optimization.epochs > 5 and optimization.max_steps is None:
         out.append(f"{optimization.epochs:g} epochs: beyond 5 the held-out loss usually rises; watch it.")
     if optimization.global_batch_size < ranks:
-        out.append(f"global batch {optimization.global_batch_size} on {ranks} ranks: some have no rows in any step; raise it to {ranks}.")
+        out.append(
+            f"global batch {optimization.global_batch_size} on {ranks} ranks: some have no rows in any step; raise it to {ranks}."
+        )
     if config.data.max_length > model.max_position_embeddings:
-        out.append(f"data.max_length {config.data.max_length} is longer than the model's {model.max_position_embeddings} positions.")
+        out.append(
+            f"data.max_length {config.data.max_length} is longer than the model's {model.max_position_embeddings} positions."
+        )
     if chosen is None:
         return out
     low, high = RATES[chosen.method]
     if not low <= chosen.learning_rate <= high:
         side = "forgets" if chosen.learning_rate > high else "hardly learns"
-        out.append(f"learning rate {chosen.learning_rate:g}: outside {low:g} to {high:g}, where {chosen.method} usually works; it {side}.")
+        out.append(
+            f"learning rate {chosen.learning_rate:g}: outside {low:g} to {high:g}, where {chosen.method} usually works; it {side}."
+        )
     if chosen.method != "full" and lora.r > 64:
         out.append(f"rank {lora.r}: above 64 there is little more to gain for what it costs.")
     return out

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from . import backends, record
 from .cluster import Cluster, load_cluster
 from .config import build_config, dump_config, load_config
+from .data_size import data_size
 from .errors import JobFailed, NothingFits, RunError, SchedulerRefused, UserError
 from .job import JobHandle, JobState
 from .model_spec import load_model_spec
@@ -41,7 +42,8 @@ def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides:
         checked = checked.model_copy(update={"cluster": checked.cluster.model_copy(update={"name": cluster})})
         cluster = None
     where = cluster or load_cluster(checked.cluster.name)
-    return make_plan(checked, load_model_spec(checked.model), where, examples=count_examples(checked))
+    size = data_size(checked)
+    return make_plan(checked, load_model_spec(checked.model), where, examples=size.examples, tokens=size.tokens)
 
 
 def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:
@@ -166,7 +168,9 @@ def refuse_missing_trackers(config: TrainConfig) -> None:
     for name in config.tracking:
         if find_spec(name) is None:
             package = name.replace("_", "-")
-            raise UserError(f"tracking: {name} is not installed; `pip install {package}`, or go without: --set tracking=[].")
+            raise UserError(
+                f"tracking: {name} is not installed; `pip install {package}`, or go without: --set tracking=[]."
+            )
 
 
 def refuse_to_resume(folder: RunFolder) -> None:
@@ -194,7 +198,9 @@ def waiting_or_running(folder: RunFolder) -> bool:
 
 def nothing_fits(decided: Plan) -> str:
     reasons = "; ".join(r.reason for r in decided.rejected[-3:])
-    return f"nothing fits: {decided.model.name} on {decided.cluster.name}. {reasons}. {' '.join(decided.advice)}".strip()
+    return (
+        f"nothing fits: {decided.model.name} on {decided.cluster.name}. {reasons}. {' '.join(decided.advice)}".strip()
+    )
 
 
 def disk_bytes(decided: Plan) -> int:
@@ -202,7 +208,11 @@ def disk_bytes(decided: Plan) -> int:
     chosen, config = decided.chosen, decided.config
     assert chosen is not None
     full = chosen.method == "full"
-    trained = decided.model.params if full else decided.model.lora_params(config.strategy.lora.r, config.strategy.lora.targets)
+    trained = (
+        decided.model.params
+        if full
+        else decided.model.lora_params(config.strategy.lora.r, config.strategy.lora.targets)
+    )
     final = decided.model.params * 2 if full else trained * 4
     return trained * 12 * (config.checkpointing.keep + 1) + final
 
@@ -232,18 +242,6 @@ def absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
-def count_examples(config: TrainConfig) -> int | None:
-    """Rows of the training files where counting is cheap (lines of local .jsonl files up to 256 MiB); else None."""
-    total = 0
-    for source in config.data.train:
-        file = Path(source.path).expanduser()
-        if file.suffix != ".jsonl" or not file.is_file() or file.stat().st_size > 2**28:
-            return None
-        with file.open("rb") as lines:
-            total += round(sum(1 for line in lines if line.strip()) * source.weight)
-    return total
-
-
 def current_state(folder: RunFolder) -> JobState:
     """The recorded state, after the record was brought up to date with what the run's scheduler knows."""
     backends.reconcile([folder])
@@ -256,7 +254,9 @@ def _finish(folder: RunFolder, decided: Plan) -> JobHandle:
     code = local.execute(folder, decided)
     if code != 0:
         found = record.read(folder)
-        problem = JobFailed(found["error"] or f"stopped after step {found['step']}; go on with `trebuchet resume {folder.root}`.")
+        problem = JobFailed(
+            found["error"] or f"stopped after step {found['step']}; go on with `trebuchet resume {folder.root}`."
+        )
         problem.exit_code = code
         raise problem
     return JobHandle(run=folder.root.name, handle=record.read(folder)["attempts"][-1]["handle"], folder=folder.root)

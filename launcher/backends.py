@@ -7,6 +7,7 @@ Each module has these functions:
     preview(plan, folder) -> str        what `submit` hands over, byte for byte
     submit(folder, plan) -> JobHandle   hands it over and returns; the first time and to go on with a run
     reconcile(folders) -> None          brings records to what the scheduler knows; one question for all of them
+    examine(cluster) -> dict            what its nodes say of themselves (training/allocation.py), waited for
     cancel(folder) -> str               asks the run to save and stop; the sentence that says what will happen
 """
 

@@ -39,17 +39,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="trebuchet", description=(__import__(__package__.partition(".")[0]).__doc__ or "").partition("\n")[0], epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="trebuchet",
+        description=(__import__(__package__.partition(".")[0]).__doc__ or "").partition("\n")[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    def verb(name: str, function: Any, text: str, *, config: bool = False, json: bool = False) -> argparse.ArgumentParser:
+    def verb(
+        name: str, function: Any, text: str, *, config: bool = False, json: bool = False
+    ) -> argparse.ArgumentParser:
         sub = verbs.add_parser(name, help=text, description=text, parents=[common])
         sub.set_defaults(verb=function)
         if config:
             sub.add_argument("config", metavar="CONFIG", help="the YAML of the run")
-            sub.add_argument("--set", action="append", default=[], metavar="a.b=c", dest="overrides", help="change one key; may be repeated")
+            sub.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                metavar="a.b=c",
+                dest="overrides",
+                help="change one key; may be repeated",
+            )
         if json:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
@@ -73,8 +87,11 @@ def parser() -> argparse.ArgumentParser:
     listing = verb("list", _list, "the runs of a folder", json=True)
     listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
     estimate = verb("estimate", _estimate, "memory of one or many strategies, from a file of requests")
-    estimate.add_argument("--json", metavar="FILE", required=True, dest="requests", help="a list of requests; - reads standard input")
-    verb("doctor", _doctor, "is this machine fit to train", json=True)
+    estimate.add_argument(
+        "--json", metavar="FILE", required=True, dest="requests", help="a list of requests; - reads standard input"
+    )
+    doctor = verb("doctor", _doctor, "is this machine, or an allocation of a cluster, fit to train", json=True)
+    doctor.add_argument("--cluster", metavar="NAME|FILE", help="ask the nodes of this cluster, in a job of a minute")
     verb("config-schema", _schema, "JSON schema of the YAML, for editors")
     return top
 
@@ -204,9 +221,16 @@ def _estimate(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from .doctor import doctor, render
+    from .doctor import doctor, of_allocation, render
 
-    report = doctor()
+    if options.cluster:
+        from . import backends
+        from .cluster import load_cluster
+
+        cluster = load_cluster(options.cluster)
+        report = of_allocation(backends.backend(cluster.scheduler).examine(cluster))
+    else:
+        report = doctor()
     if options.json:
         _print_json(report.to_json())
     else:

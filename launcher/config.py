@@ -232,6 +232,10 @@ def _real_path(loc: tuple[int | str, ...], *, key_last: bool) -> tuple[str, ...]
     for part in loc[: len(loc) - key_last]:
         section = _section(out)
         last_is_field = bool(out) and section is None and not out[-1].isdigit()
-        if isinstance(part, int) or (section is not None and (part in section.model_fields or part.isidentifier())) or (last_is_field and out[-1] == "columns"):
+        if (
+            isinstance(part, int)
+            or (section is not None and (part in section.model_fields or part.isidentifier()))
+            or (last_is_field and out[-1] == "columns")
+        ):
             out.append(str(part))
     return (*out, *(str(part) for part in loc[len(loc) - key_last :]))

@@ -64,6 +64,23 @@ def doctor(folder: Path | None = None, *, probe_timeout_s: float = 120) -> Repor
     return Report(checks=tuple(found))
 
 
+def of_allocation(found: dict[str, Any]) -> Report:
+    """What the ranks of an allocation found together (training/allocation.py), as a report."""
+    nodes = {one["node"]: 0 for one in found["ranks"]}
+    for one in found["ranks"]:
+        nodes[one["node"]] += 1
+    ranks = ", ".join(f"{node}: {count}" for node, count in nodes.items())
+    checks = [Check(name="ranks", status="ok", line=f"{len(found['ranks'])} ranks met ({ranks}) and answered in {found['seconds']} s")]
+    if found["all_reduce_gbps"] is not None:
+        checks.append(Check(name="all-reduce", status="ok", line=f"{found['all_reduce_gbps']} GB/s (bus)"))
+    free = min(one["free_bytes"] for one in found["ranks"]) / 2**30
+    checks.append(Check(name="folder", status="ok", line=f"seen and written by every rank, {free:,.1f} GiB free"))
+    if found["problems"]:
+        checks = [check for check in checks if check.name == "ranks"]
+    checks += [Check(name="fault", status="fail", line=line) for line in found["problems"]]
+    return Report(checks=tuple(checks))
+
+
 def render(report: Report) -> str:
     """The report as text: one line a check, the advice under it, the verdict last."""
     width = max(len(check.name) for check in report.checks)

@@ -76,7 +76,13 @@ class SchedulerRefused(TrebuchetError):
 
 
 class JobFailed(TrebuchetError):
+    """`node` names the machine at fault where one is, so that a scheduler can go on without it."""
+
     exit_code = 1
+
+    def __init__(self, message: str, node: str | None = None):
+        self.node = node
+        super().__init__(message)
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str | None:

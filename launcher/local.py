@@ -24,7 +24,8 @@ from typing import Any
 import yaml
 
 from . import record
-from .errors import JobFailed, SchedulerRefused
+from .cluster import Cluster
+from .errors import ClusterError, JobFailed, SchedulerRefused
 from .job import JobHandle, JobSpec, JobState
 from .plan import Plan
 from .run_folder import RunFolder
@@ -84,7 +85,12 @@ def accelerate_config(spec: JobSpec) -> str:
         "mixed_precision": "no",  # the loop's own autocast
     }
     if several:
-        values |= {"main_process_ip": "127.0.0.1", "main_process_port": free_port(), "rdzv_backend": "static", "same_network": True}
+        values |= {
+            "main_process_ip": "127.0.0.1",
+            "main_process_port": free_port(),
+            "rdzv_backend": "static",
+            "same_network": True,
+        }
     return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -185,7 +191,10 @@ def _lives(pid: int, since: str) -> bool:
     try:
         process = psutil.Process(pid)
         started = process.create_time()
-        return process.status() != psutil.STATUS_ZOMBIE and started <= datetime.fromisoformat(since).timestamp() + CLOCK_SLACK_S
+        return (
+            process.status() != psutil.STATUS_ZOMBIE
+            and started <= datetime.fromisoformat(since).timestamp() + CLOCK_SLACK_S
+        )
     except psutil.NoSuchProcess:
         return False
 
@@ -249,6 +258,10 @@ def cancel(folder: RunFolder) -> str:
     return "will save a checkpoint at the end of this step and stop"
 
 
+def examine(cluster: Cluster) -> dict[str, Any]:
+    raise ClusterError(f"{cluster.name} is this machine: `trebuchet doctor` without --cluster looks at it.")
+
+
 def reconcile(folders: Sequence[RunFolder]) -> None:
     """Closes the records of runs whose processes are gone, by what their ranks left."""
     for folder in folders:
@@ -256,8 +269,15 @@ def reconcile(folders: Sequence[RunFolder]) -> None:
         if found["state"] == JobState.RUNNING:
             attempt = found["attempts"][-1]
             if not alive(attempt["handle"], attempt["started"], also=attempt["ranks"]):
-                close(folder, "the launcher and its ranks ended without closing the record: killed, or the machine went down")
-        elif found["state"] == JobState.PENDING and found["submitted"] and not alive(found["submitted"], found["created"]):
+                close(
+                    folder,
+                    "the launcher and its ranks ended without closing the record: killed, or the machine went down",
+                )
+        elif (
+            found["state"] == JobState.PENDING
+            and found["submitted"]
+            and not alive(found["submitted"], found["created"])
+        ):
             # Between submitting and the first attempt; what has begun by now says so itself.
             if record.read(folder)["state"] == JobState.PENDING:
                 why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"

@@ -32,10 +32,16 @@ class Memory(Data):
 
 
 class Time(Data):
-    """Predicted speed of the whole job; None where the cluster file gives no peak to predict from."""
+    """Predicted speed of the whole job, with the range that published utilisations span; None where nothing is known to predict
+    from: no peak in the cluster file, a CPU, or (hours) data of unknown size."""
 
     tokens_per_s: float | None
     hours: float | None
+    tokens_per_s_range: tuple[float, float] | None = None
+    hours_range: tuple[float, float] | None = None
+
+
+NOT_TIMED = Time(tokens_per_s=None, hours=None)
 
 
 class Chosen(Data):

@@ -31,7 +31,11 @@ def render(plan: Plan) -> str:
 def headline(plan: Plan) -> str:
     """`Llama-3-8B (8.03 B parameters) on a100-80gb-8: 1 node x 8 A100-80GB`."""
     group = plan.cluster.groups[0]
-    what = f"{group.gpus_per_node} {group.gpu}" if group.gpu else f"{group.cores} CPU cores, {group.host_memory_gib:.0f} GiB"
+    what = (
+        f"{group.gpus_per_node} {group.gpu}"
+        if group.gpu
+        else f"{group.cores} CPU cores, {group.host_memory_gib:.0f} GiB"
+    )
     nodes = f"{group.nodes} node{'s' if group.nodes > 1 else ''} x {what}"
     return f"{plan.model.name.rstrip('/').rsplit('/', 1)[-1]} ({count(plan.model.params)} parameters) on {plan.cluster.name}: {nodes}"
 
@@ -39,16 +43,24 @@ def headline(plan: Plan) -> str:
 def table(chosen: Chosen) -> list[str]:
     memory = chosen.memory
     who = "rank" if chosen.device == "cpu" else "GPU"
-    name = f"{chosen.method} {chosen.parallel}" + ("" if chosen.offload == "none" else f" +{chosen.offload} on the host")
+    name = f"{chosen.method} {chosen.parallel}" + (
+        "" if chosen.offload == "none" else f" +{chosen.offload} on the host"
+    )
     rows = [
         f"> {name}  {bar(memory.process_gib, memory.usable_gib)}  {memory.process_gib:.1f} of {memory.usable_gib:.1f} GiB per {who}",
         f"  {chosen.precision}, {chosen.optimizer}, checkpointing {chosen.checkpointing}, micro-batch {chosen.micro_batch} x "
         f"accumulation {chosen.accumulation} x {chosen.ranks}, learning rate {chosen.learning_rate:g}",
         "  " + ", ".join(f"{part} {gib:.2f}" for part, gib in memory.components.items() if gib >= 0.01) + " GiB",
     ]
-    if chosen.time.hours is not None:
-        cost = "" if chosen.cost is None else f", about {chosen.cost:,.2f}"
-        rows.append(f"  about {chosen.time.tokens_per_s:,.0f} tokens/s, {chosen.time.hours:.1f} h{cost}")
+    time = chosen.time
+    if time.tokens_per_s is not None and time.tokens_per_s_range:
+        low, high = time.tokens_per_s_range
+        line = f"  about {time.tokens_per_s:,.0f} tokens/s ({low:,.0f} to {high:,.0f})"
+        if time.hours is not None and time.hours_range:
+            line += f"; {time.hours:.1f} h ({time.hours_range[0]:.1f} to {time.hours_range[1]:.1f})"
+        if chosen.cost is not None:
+            line += f"; about {chosen.cost:,.2f} at the cluster file's price"
+        rows.append(line)
     return rows
 
 

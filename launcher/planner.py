@@ -15,16 +15,13 @@ Each "no" keeps its two numbers: what was needed and what is usable. What fits i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, cast
 
-from ..strategies.memory import MemoryEstimate, estimate
-from ..strategies.memory_request import LINEARS, MemoryRequest, ModelDims
 from .advice import advice
-from .cluster import Cluster, NodeGroup
+from .cluster import Cluster
+from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision
 from .errors import ClusterError
 from .model_spec import ModelSpec
-from .plan import GIB, Chosen, Memory, Plan, Rejected, Time
+from .plan import NOT_TIMED, Chosen, Memory, Plan, Rejected
 from .schema import TrainConfig
 
 METHODS = ("full", "lora", "qlora")
@@ -33,8 +30,6 @@ LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
 # Tokens per forward pass beyond which a step gets no faster: matrix products are large enough on a GPU; on a CPU the working set
 # outgrows the cache (4,096 was no faster than 2,048 tokens on 2 cores).
 MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
-# Python, torch and transformers resident before the first tensor (measured: 0.55 GiB with torch 2.13, CPU build).
-CPU_PROCESS_GIB = 0.6
 # Kept free on a GPU: the formula's mean error on published measurements is 2 % (docs/accuracy.md), and a run that has to empty the
 # allocator's cache in every step crawls.
 GPU_MARGIN = 0.97
@@ -42,32 +37,12 @@ GPU_MARGIN = 0.97
 CPU_MARGIN = 0.9
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one method is spread: `replicate` copies of `shard` pieces."""
-
-    parallel: Literal["none", "ddp", "fsdp2", "zero3"]
-    offload: Literal["none", "optimizer", "params"]
-    replicate: int
-    shard: int
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One kind of rank: where it runs, how many there are, what one may use."""
-
-    device: Literal["cpu", "cuda"]
-    ranks: int
-    ranks_per_node: int
-    usable_gib: float
-    host_gib: float
-    group: NodeGroup
-
-
-def make_plan(config: TrainConfig, model: ModelSpec, cluster: Cluster, *, examples: int | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig, model: ModelSpec, cluster: Cluster, *, examples: int | None = None, tokens: int | None = None
+) -> Plan:
     """The plan; `feasible=False` with every rejection when nothing fits. Raises ClusterError for a cluster that cannot be planned on.
 
-    `examples` (training rows, when known) serves the advice only.
+    `examples` and `tokens` are of one pass over the training rows, where known: for the advice, the hours and the price.
     """
     hardware = hardware_of(config, cluster)
     rejected: list[Rejected] = []
@@ -76,7 +51,9 @@ def make_plan(config: TrainConfig, model: ModelSpec, cluster: Cluster, *, exampl
     for method, layout in candidates(config, hardware):
         found = fit(config, model, hardware, method, layout)
         if isinstance(found, Chosen):
-            chosen, reasons = found, explain(config, hardware, found, rejected)
+            time, cost = cost_and_time(config, model, hardware, found, tokens)
+            chosen = found.model_copy(update={"time": time, "cost": cost})
+            reasons = explain(config, hardware, chosen, rejected)
             break
         rejected.append(found)
     notes = advice(config, model, hardware.ranks, chosen, examples)
@@ -110,7 +87,12 @@ def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
             f"cluster.processes is {processes} and {cluster.name} has {group.gpus_per_node} GPUs a node; one rank uses one GPU."
         )
     return Hardware(
-        "cuda", per_node * group.nodes, per_node, round(group.usable_gpu_gib * GPU_MARGIN, 2), group.usable_host_gib, group
+        "cuda",
+        per_node * group.nodes,
+        per_node,
+        round(group.usable_gpu_gib * GPU_MARGIN, 2),
+        group.usable_host_gib,
+        group,
     )
 
 
@@ -198,54 +180,6 @@ def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
     return [m for m in (2**i for i in range(10, -1, -1)) if m <= most and rows % m == 0]
 
 
-def measure(
-    config: TrainConfig,
-    model: ModelSpec,
-    hardware: Hardware,
-    method: str,
-    layout: Layout,
-    checkpointing: str,
-    micro: int,
-) -> Memory:
-    accumulation = accumulate(config, hardware, micro)
-    found: MemoryEstimate = estimate(
-        MemoryRequest(
-            model=dims(model),
-            method=method,
-            double_quant=config.strategy.quant.double if method == "qlora" else None,
-            lora_r=None if method == "full" else config.strategy.lora.r,
-            lora_targets=None if method == "full" else targets(config),
-            lora_dropout=config.strategy.lora.dropout,
-            precision=precision(config, hardware),
-            optimizer=optimizer(config),
-            parallel=layout.parallel,
-            gpus=hardware.ranks,
-            dp_replicate=layout.replicate if layout.parallel != "ddp" else 1,
-            gpus_per_node=hardware.ranks_per_node,
-            offload=layout.offload,
-            seq_len=config.data.max_length,
-            micro_batch=micro,
-            packed=config.data.packing,
-            checkpointing=checkpointing,
-            attention={"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}[attention(config)],
-            kernels="none" if config.strategy.kernels == "off" else "trebuchet",
-            grad_accum=accumulation,
-        )
-    )
-    peak, process = found.peak_allocated_bytes / GIB, found.process_bytes / GIB
-    if hardware.device == "cpu":  # no CUDA context, no caching allocator: tensors and the interpreter
-        process = peak + CPU_PROCESS_GIB
-    components = {name: round(value / GIB, 3) for name, value in found.components.items()}
-    host = found.host_bytes / GIB if hardware.device == "cuda" else process * hardware.ranks_per_node
-    return Memory(
-        peak_allocated_gib=round(peak, 3),
-        process_gib=round(process, 3),
-        usable_gib=hardware.usable_gib,
-        host_gib=round(host, 3),
-        components=components,
-    )
-
-
 def choose(
     config: TrainConfig,
     model: ModelSpec,
@@ -273,7 +207,7 @@ def choose(
         "device": hardware.device,
         "gpus": hardware.ranks if hardware.device == "cuda" else 0,
         "memory": memory,
-        "time": Time(tokens_per_s=None, hours=None),
+        "time": NOT_TIMED,
         "cost": None,
     }
     return Chosen.model_validate(values)
@@ -299,43 +233,6 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, rejected: l
     if config.optimization.learning_rate == "auto":
         out.append(f"learning rate {chosen.learning_rate:g}: the usual one for {chosen.method}")
     return out
-
-
-def accumulate(config: TrainConfig, hardware: Hardware, micro: int) -> int:
-    return -(-config.optimization.global_batch_size // (micro * hardware.ranks))
-
-
-def precision(config: TrainConfig, hardware: Hardware) -> Literal["bf16-mixed", "fp16-mixed", "fp32"]:
-    wanted = config.model.dtype
-    if wanted == "auto":
-        wanted = "bf16" if hardware.group.supports("bf16") else "fp16" if hardware.group.supports("fp16") else "fp32"
-    return cast(Literal["bf16-mixed", "fp16-mixed", "fp32"], "fp32" if wanted == "fp32" else f"{wanted}-mixed")
-
-
-def attention(config: TrainConfig) -> Literal["sdpa", "eager", "flash_attention_2"]:
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
-
-
-def optimizer(config: TrainConfig) -> Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]:
-    return "adamw" if config.optimization.optimizer == "auto" else config.optimization.optimizer
-
-
-def targets(config: TrainConfig) -> tuple[str, ...]:
-    """Names of projections for the memory formula; names it does not know are counted as all of them."""
-    wanted = config.strategy.lora.targets
-    names = LINEARS if isinstance(wanted, str) else tuple(t.removesuffix("_proj") for t in wanted)
-    return names if set(names) <= {*LINEARS, "lm_head"} else LINEARS
-
-
-def dims(model: ModelSpec) -> ModelDims:
-    names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    return ModelDims(
-        **{name: getattr(model, name) for name in names},
-        tie_word_embeddings=model.tie_word_embeddings,
-        num_experts=model.num_experts,
-        experts_per_token=model.experts_per_token,
-        params=model.params,
-    )
 
 
 def spell(layout: Layout) -> str:

@@ -24,7 +24,18 @@ from .errors import RunError
 from .job import JobState
 from .run_folder import RunFolder
 
-PACKAGES = ("trebuchet", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "triton", "tokenizers", "datasets", "numpy")
+PACKAGES = (
+    "trebuchet",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "triton",
+    "tokenizers",
+    "datasets",
+    "numpy",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -87,7 +98,13 @@ def begin_attempt(folder: RunFolder, handle: str, *, ranks: int) -> None:
     with open(folder.root / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         record = read(folder)
-        attempt = {"handle": handle, "state": JobState.RUNNING.value, "reason": None, "first_step": record["step"], "last_step": None}
+        attempt = {
+            "handle": handle,
+            "state": JobState.RUNNING.value,
+            "reason": None,
+            "first_step": record["step"],
+            "last_step": None,
+        }
         record["attempts"].append({**attempt, "ranks": ranks, "started": now(), "ended": None})
         record.update(state=JobState.RUNNING.value, exit_code=None, error=None)
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")

@@ -91,10 +91,14 @@ def new_run(output: str) -> RunFolder:
             f"`trebuchet resume {output}`, or remove the folder."
         )
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise RunError(f"{output} exists and is not an empty folder; a run needs a folder of its own: --set output=FOLDER.")
+        raise RunError(
+            f"{output} exists and is not an empty folder; a run needs a folder of its own: --set output=FOLDER."
+        )
     parent = existing_parent(root)
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise RunError(f"cannot write in {parent}, where the run folder {output} would be; choose another: --set output=FOLDER.")
+        raise RunError(
+            f"cannot write in {parent}, where the run folder {output} would be; choose another: --set output=FOLDER."
+        )
     return folder
 
 

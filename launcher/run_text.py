@@ -57,11 +57,15 @@ def status(folder: RunFolder, facts: dict[str, Any]) -> str:
     lines = [f"{facts['run']}  {facts['state']}  {steps}"]
     last = last_metrics(folder)
     if last:
-        lines.append(f"  loss {last['loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.1f} GiB")
+        lines.append(
+            f"  loss {last['loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.1f} GiB"
+        )
     for i, attempt in enumerate(facts["attempts"], 1):
         end = "" if attempt["last_step"] is None else f" to {attempt['last_step']}"
         reason = f": {attempt['reason']}" if attempt["reason"] else ""
-        lines.append(f"  attempt {i}: {attempt['handle']}  {attempt['state']}  from step {attempt['first_step']}{end}{reason}")
+        lines.append(
+            f"  attempt {i}: {attempt['handle']}  {attempt['state']}  from step {attempt['first_step']}{end}{reason}"
+        )
     return "\n".join(lines)
 
 

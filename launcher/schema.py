@@ -25,17 +25,27 @@ class Section(BaseModel):
 class Model(Section):
     name: str = Field(min_length=1, description="Hub id or a folder in Hugging Face layout")
     revision: str | None = Field(None, description="branch, tag or commit on the Hub")
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="dtype of the weights; auto: bf16 where the device has it")
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field("auto", description="attention implementation")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="dtype of the weights; auto: bf16 where the device has it"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="attention implementation"
+    )
     trust_remote_code: bool = Field(False, description="run Python that comes with the model; off unless asked for")
 
 
 class Source(Section):
-    path: str = Field(min_length=1, description="file (.json .jsonl .parquet .csv), folder saved by datasets, or Hub id")
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field("auto", description="layout of a row; auto: recognised from its columns")
+    path: str = Field(
+        min_length=1, description="file (.json .jsonl .parquet .csv), folder saved by datasets, or Hub id"
+    )
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="layout of a row; auto: recognised from its columns"
+    )
     subset: str | None = Field(None, description="configuration name of a Hub dataset")
     split: str = Field("train", description="split of a Hub or saved dataset")
-    weight: float = Field(1.0, gt=0, description="share of the rows used; 2.0 repeats them twice, 0.5 takes a random half")
+    weight: float = Field(
+        1.0, gt=0, description="share of the rows used; 2.0 repeats them twice, 0.5 takes a random half"
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="our column name -> the name in the file")
 
 
@@ -50,30 +60,41 @@ def expand_sources(value: Any) -> Any:
 
 # One number, or sources: decided before validation, so that an error speaks of the one that was meant.
 EvalRows = Annotated[
-    Annotated[float, Field(ge=0, lt=1), Tag("share")] | Annotated[Sources, BeforeValidator(expand_sources), Tag("sources")],
+    Annotated[float, Field(ge=0, lt=1), Tag("share")]
+    | Annotated[Sources, BeforeValidator(expand_sources), Tag("sources")],
     Discriminator(lambda value: "share" if isinstance(value, (int, float)) else "sources"),
 ]
 
 
 class Data(Section):
     train: Annotated[Sources, BeforeValidator(expand_sources)] = Field(description="training rows")
-    eval: EvalRows = Field(0.05, description="held-out rows: sources of their own, or a share of the training rows; 0 for none")
+    eval: EvalRows = Field(
+        0.05, description="held-out rows: sources of their own, or a share of the training rows; 0 for none"
+    )
     max_length: int = Field(2048, ge=8, description="tokens per row")
     packing: bool = Field(True, description="several samples in one row, without attention between them")
-    chat_template: str | None = Field(None, description="a Jinja file, or a template by name; default: the tokenizer's own")
+    chat_template: str | None = Field(
+        None, description="a Jinja file, or a template by name; default: the tokenizer's own"
+    )
     train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens carry loss")
-    max_truncated: float = Field(0.05, ge=0, le=1, description="largest share of samples that may be cut at max_length before the run refuses")
+    max_truncated: float = Field(
+        0.05, ge=0, le=1, description="largest share of samples that may be cut at max_length before the run refuses"
+    )
 
 
 class Objective(Section):
-    name: Literal["sft", "pretrain"] = Field("sft", description="sft: loss on the answer; pretrain: loss on every token of plain text")
+    name: Literal["sft", "pretrain"] = Field(
+        "sft", description="sft: loss on the answer; pretrain: loss on every token of plain text"
+    )
 
 
 class Lora(Section):
     r: int = Field(16, ge=1, le=1024, description="rank")
     alpha: int = Field(32, ge=1, description="scaling is alpha / r")
     dropout: float = Field(0.0, ge=0, lt=1)
-    targets: Literal["all-linear"] | tuple[str, ...] = Field("all-linear", description="all-linear, or names of linear modules")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="all-linear, or names of linear modules"
+    )
 
 
 class Quant(Section):
@@ -88,13 +109,17 @@ class StrategyChoice(Section):
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="activation checkpointing")
     lora: Lora = Lora()
     quant: Quant = Quant()
-    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_bool)] = Field("auto", description="the Triton layer; auto: on, and on a GPU a run without it fails")
+    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_bool)] = Field(
+        "auto", description="the Triton layer; auto: on, and on a GPU a run without it fails"
+    )
 
 
 class Optimization(Section):
     global_batch_size: int = Field(16, ge=1, description="rows per optimizer step over all ranks")
     micro_batch: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per forward pass per rank")
-    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="auto: 2e-4 for adapters, 2e-5 for full")
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field(
+        "auto", description="auto: 2e-4 for adapters, 2e-5 for full"
+    )
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")
     optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = "auto"
@@ -147,7 +172,9 @@ class TrainConfig(Section):
     optimization: Optimization = Optimization()
     evaluation: Evaluation = Evaluation()
     checkpointing: Checkpointing = Checkpointing()
-    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab"], ...] = Field(("tensorboard",), description="trackers beside metrics.jsonl")
+    tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab"], ...] = Field(
+        ("tensorboard",), description="trackers beside metrics.jsonl"
+    )
     output: str = Field(min_length=1, description="the run folder; default runs/NAME-OF-THE-YAML")
     cluster: ClusterRef = ClusterRef()
 

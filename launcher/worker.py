@@ -15,12 +15,15 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import record, stopping
 from .errors import JobFailed, TrebuchetError, UserError
 from .plan import Chosen, Plan
 from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ..training.runtime import Runtime
 
 # Lines of other libraries that are true, expected and of no use to anyone who trains: by logger, how they begin.
 HARMLESS = {
@@ -37,12 +40,14 @@ def main(run: str) -> int:
     folder.logs.mkdir(exist_ok=True)
     sys.stderr = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
     drop_harmless_lines()
+    node = None
     try:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
         finished = train(folder, plan)
         code, error = (0, None) if finished else (STOPPED, None)
     except TrebuchetError as problem:
         code, error = problem.exit_code, str(problem)
+        node = getattr(problem, "node", None)
     except Exception as problem:  # the last line of defence: every failure must reach the record
         traceback.print_exc()
         code, error = 1, describe(problem)
@@ -50,7 +55,7 @@ def main(run: str) -> int:
         print(error, file=sys.stderr)
     if error is not None or rank == 0:
         # The first rank to fail writes; the others fail because it did.
-        outcome = {"exit_code": code, "error": error, "rank": rank}
+        outcome = {"exit_code": code, "error": error, "rank": rank, "node": node}
         write_outcome(folder, outcome)
     return 0 if code == STOPPED else code  # to whoever started the ranks, a stop that was asked for is no failure
 
@@ -69,6 +74,8 @@ def train(folder: RunFolder, plan: Plan) -> bool:
     )
     runtime = rt.Runtime(plan, folder, accelerator)
     check_hardware(runtime.world, runtime.device.type, chosen)
+    if runtime.world > 1 or "SLURM_JOB_ID" in os.environ:
+        check_allocation(runtime, plan)
     accelerator.init_trackers("trebuchet", config=flat(plan.config.model_dump(mode="json")))
     try:
         from ..training.session import Session
@@ -93,7 +100,9 @@ def check_hardware(world: int, device: str, chosen: Chosen) -> None:
     if world != chosen.ranks:
         raise JobFailed(f"the plan is for {chosen.ranks} ranks and {world} were started; plan again for this hardware.")
     if device != chosen.device:
-        raise JobFailed(f"the plan is for {chosen.device} and this rank runs on {device}; plan again for this hardware.")
+        raise JobFailed(
+            f"the plan is for {chosen.device} and this rank runs on {device}; plan again for this hardware."
+        )
     if device == "cuda":
         import torch
 
@@ -103,6 +112,28 @@ def check_hardware(world: int, device: str, chosen: Chosen) -> None:
                 f"the plan counts on {chosen.memory.usable_gib:.1f} GiB of GPU memory and this GPU has {has_gib:.1f}; "
                 "plan again for this hardware."
             )
+
+
+def check_allocation(runtime: Runtime, plan: Plan) -> None:
+    """All ranks together, before a model is loaded. Raises JobFailed with every fault, and the node when it is one node's."""
+    from ..training import allocation, load
+    from .api import disk_bytes
+
+    folder = runtime.folder
+    there = sum(file.stat().st_size for file in folder.checkpoints.rglob("*") if file.is_file())
+    report = allocation.examine(
+        folder.root,
+        runtime.device,
+        needed_bytes=max(0, disk_bytes(plan) - there),
+        model=lambda: load.model_folder(plan.config.model, plan.model),
+    )
+    if runtime.main:
+        record.update(folder, allocation={key: report[key] for key in ("problems", "all_reduce_gbps", "seconds")})
+    if report["problems"]:
+        nodes = {one["node"] for one in report["ranks"]}
+        named = {problem.partition(":")[0].partition(" ")[0] for problem in report["problems"]} & nodes
+        faulty = named.pop() if len(named) == 1 and len(nodes) > 1 else None
+        raise JobFailed(f"this allocation is not fit to train: {'; '.join(report['problems'])}.", faulty)
 
 
 def describe(problem: BaseException) -> str:

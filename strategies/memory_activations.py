@@ -1,4 +1,4 @@
-"""Bytes that grow with the batch: kept activations, one block's working set in backward, logits by loss path.
+"""Bytes that grow with the batch: kept activations and one block's working set in backward.
 
 Counting rule: a tensor counts while something still needs it. PyTorch saves an operation's input only if the gradient
 of the other operand is wanted, so a frozen linear layer keeps nothing and an adapter on it keeps its own copy of the
@@ -19,7 +19,7 @@ One block in backward, gated MLP, no fused SwiGLU; the peak is where the product
     adapters: mask and dropped copy of the input each                                (1 + copy) d_in
     eager attention at its own softmax: probabilities, gradient, product, result     14 or 16 bytes a score
 
-Left out: anything independent of T (`memory_states.py`).
+Left out: the loss (`memory_loss.py`) and anything independent of T (`memory_states.py`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .memory_constants import CONSTANTS as C
+from .memory_loss import loss_bytes
 from .memory_request import MemoryRequest
-from .memory_states import compute_width, other_width
+from .memory_states import hidden_width
 
 FUSED_NORMS = ("ce", "fused", "trebuchet")
 
@@ -50,11 +51,6 @@ class Activations:
     held_logits: int
 
 
-def hidden_width(r: MemoryRequest) -> int:
-    """Bytes of a hidden-state element between the projections."""
-    return max(compute_width(r), other_width(r)) if r.adapters else compute_width(r)
-
-
 def activations(r: MemoryRequest) -> Activations:
     """The batch-dependent bytes of one GPU for `r`."""
     layers = r.model.num_layers
@@ -63,7 +59,7 @@ def activations(r: MemoryRequest) -> Activations:
     saved = {"none": block, "full": float(boundary), "selective": boundary + _selective(r)}[r.checkpointing]
     again = {"none": block, "full": 0.0, "selective": _selective(r)}[r.checkpointing]  # counted in `saved` already
     frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
-    loss, held = _loss(r)
+    loss, held = loss_bytes(r)
     return Activations(
         kept=int(layers * saved),
         kept_last=int(saved),
@@ -222,42 +218,3 @@ def _selective(r: MemoryRequest) -> float:
     wide = {"q": q, "v": kv, "gate": m.active_experts * m.intermediate_size, "down": m.active_experts * m.hidden_size}
     eager = r.lora_targets or () if r.adapters and r.kernels != "trebuchet" else ()
     return (q + sum(size * (2 if name in eager else 1) for name, size in wide.items())) * e * float(r.tokens)
-
-
-def _loss(r: MemoryRequest) -> tuple[int, int]:
-    """(bytes at the loss, bytes of logits that stay during the blocks' backward)."""
-    m, t, e = r.model, r.tokens, hidden_width(r)
-    v, h = m.vocab_size, m.hidden_size
-    head = other_width(r) if r.adapters else compute_width(r)
-    if r.kernels == "none":
-        per_logit = C["logit_bytes_eager_fp32_head"] if head == 4 else C["logit_bytes_eager"]
-        held = head * v * t if r.parallel == "none" else 0
-        return int(per_logit * v * t + 3 * h * e * t), held
-    if r.kernels == "ce":
-        return int(C["logit_bytes_ce"] * v * t + 2 * h * e * t), 0
-    if r.kernels == "chunked-ce":
-        kind = {"full": "_full", "qlora": "_4bit_head"}.get(r.method, "")
-        per_logit = C["logit_bytes_chunked" + kind]
-        return int(per_logit * v * t + 2 * h * e * t), 0
-    return _chunked_loss(r), 0
-
-
-def _chunked_loss(r: MemoryRequest) -> int:
-    """Bytes at a loss whose logits are never whole: one chunk, the hidden states and their gradient, and, where the
-    head trains, the buffers of its gradient.
-
-    Liger chunks so that logits take about as much as hidden states and converts them; this project's kernels write
-    the gradient over the 16-bit logits, and accumulate the head's in fp32 beside one chunk's product.
-    """
-    m, t = r.model, r.tokens
-    v, h = m.vocab_size, m.hidden_size
-    if r.kernels == "fused":
-        chunk, per_logit, per_weight = _power_of_two(-(-t // -(-v // h))), 8, 2 * compute_width(r)
-    else:
-        chunk, per_logit, per_weight = C["head_chunk_frozen" if r.adapters else "head_chunk_trained"], 2, 6
-    head_gradient = 0 if r.adapters else per_weight * v * h
-    return min(chunk, t) * v * per_logit + 3 * h * hidden_width(r) * t + head_gradient
-
-
-def _power_of_two(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()

@@ -101,6 +101,11 @@ def other_width(r: MemoryRequest) -> int:
     return 4 if kbit else compute_width(r)
 
 
+def hidden_width(r: MemoryRequest) -> int:
+    """Bytes of a hidden-state element between the projections."""
+    return max(compute_width(r), other_width(r)) if r.adapters else compute_width(r)
+
+
 def states(r: MemoryRequest) -> States:
     """The batch-independent bytes of one GPU for `r`."""
     m = r.model

@@ -38,7 +38,9 @@ def storage_dtype(chosen: Chosen) -> torch.dtype:
     return torch.float32 if chosen.method == "full" else compute_dtype(chosen.precision)
 
 
-def prepare(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device, seed: int) -> Prepared:
+def prepare(
+    folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device, seed: int
+) -> Prepared:
     """Reads the Hugging Face folder and returns the model on `device`, ready for the loop.
 
     Raises what the libraries raise; a model that the plan let through and that does not load is a failed job, not bad input.

@@ -65,7 +65,9 @@ def load(path: Path, model: torch.nn.Module, optimizer: Optimizer, *, rank: int)
     stored = load_file(path / "trainable.safetensors")
     wanted = trainable(model)
     if stored.keys() != wanted.keys():
-        raise ValueError(f"{path} holds other parameters than this model: {sorted(stored.keys() ^ wanted.keys())[:3]} …")
+        raise ValueError(
+            f"{path} holds other parameters than this model: {sorted(stored.keys() ^ wanted.keys())[:3]} …"
+        )
     with torch.no_grad():
         for name, parameter in wanted.items():
             parameter.copy_(stored[name])
@@ -152,7 +154,7 @@ def _load_optimizer(model: torch.nn.Module, optimizer: Optimizer, stored: dict[s
 
 
 def rng_state() -> dict[str, torch.Tensor]:
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    _, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state(),

@@ -71,7 +71,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def answers(
-    stepper: Stepper, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[list[int], list[int]]], max_new_tokens: int
+    stepper: Stepper,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[list[int], list[int]]],
+    max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers of the model as it is now, one per prompt. Local to the calling rank."""
     model: Any = getattr(stepper.model, "module", stepper.model)

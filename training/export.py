@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def export(folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
+def export(
+    folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+) -> Path:
     """Writes RUN/model from the (unwrapped) model of rank 0 and returns it."""
     beside = folder.root / ".model.writing"
     shutil.rmtree(beside, ignore_errors=True)

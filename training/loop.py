@@ -47,7 +47,9 @@ class Loop:
         state = checkpoint.load(path, self.stepper.model_inside(), self.stepper.optimizer, rank=self.runtime.rank)
         if state["identity"] != self.identity:
             changed = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
-            raise RunError(f"{path} was made with another {', '.join(changed)}; the run cannot go on from it exactly. Start a new run.")
+            raise RunError(
+                f"{path} was made with another {', '.join(changed)}; the run cannot go on from it exactly. Start a new run."
+            )
         self.stepper.schedule.load_state_dict(state["schedule"])
         # The scheduler's state holds no rates; the optimizer's groups do.
         for group, rate in zip(self.stepper.optimizer.param_groups, state["schedule"]["_last_lr"], strict=True):
@@ -102,7 +104,9 @@ class Loop:
         assert self.held_out is not None
         found = held_out_loss(self.stepper, self.held_out, self.pad_id)
         progress.write({"step": done, "eval_loss": found["loss"], "eval_perplexity": found["perplexity"]})
-        progress.say(f"step {done}/{self.order.steps}  held-out loss {found['loss']:.3f}  perplexity {found['perplexity']:.2f}")
+        progress.say(
+            f"step {done}/{self.order.steps}  held-out loss {found['loss']:.3f}  perplexity {found['perplexity']:.2f}"
+        )
 
     def save(self, done: int) -> None:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}

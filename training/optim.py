@@ -13,7 +13,9 @@ from ..launcher.schema import Optimization
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's defaults, and those of the published recipes we follow
 
 
-def make_optimizer(named: Iterable[tuple[str, torch.nn.Parameter]], name: str, learning_rate: float, weight_decay: float) -> Optimizer:
+def make_optimizer(
+    named: Iterable[tuple[str, torch.nn.Parameter]], name: str, learning_rate: float, weight_decay: float
+) -> Optimizer:
     """AdamW over the trainable parameters. Weight decay touches matrices only: not norms, not biases."""
     trainable = [(n, p) for n, p in named if p.requires_grad]
     groups = [
@@ -34,7 +36,9 @@ def make_schedule(optimizer: Optimizer, optimization: Optimization, steps: int) 
     from transformers import get_scheduler
 
     name = "constant_with_warmup" if optimization.schedule == "constant" else optimization.schedule
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps(optimization.warmup, steps), num_training_steps=steps)
+    return get_scheduler(
+        name, optimizer, num_warmup_steps=warmup_steps(optimization.warmup, steps), num_training_steps=steps
+    )
 
 
 def warmup_steps(warmup: float, steps: int) -> int:

@@ -41,11 +41,21 @@ class Progress:
         self.recent.append((int(values["tokens"]), seconds))
         speed = self.tokens_per_s()
         peak = peak_memory_bytes(self.runtime.device)
-        self.write({"step": step, **values, "tokens_per_s": round(speed, 1), "step_s": round(seconds, 4), "peak_memory_bytes": peak})
+        self.write(
+            {
+                "step": step,
+                **values,
+                "tokens_per_s": round(speed, 1),
+                "step_s": round(seconds, 4),
+                "peak_memory_bytes": peak,
+            }
+        )
         if not self.runtime.main:
             return
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {peak / GIB:.1f} GiB", refresh=False)
+            self.bar.set_postfix_str(
+                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {peak / GIB:.1f} GiB", refresh=False
+            )
             self.bar.update(1)
         elif time.monotonic() - self.said > QUIET_S or step in (1, self.steps):
             self.said = time.monotonic()

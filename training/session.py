@@ -28,7 +28,12 @@ from .step import Stepper
 class Session:
     def __init__(self, runtime: Runtime):
         assert runtime.plan.chosen is not None
-        self.runtime, self.plan, self.config, self.chosen = runtime, runtime.plan, runtime.plan.config, runtime.plan.chosen
+        self.runtime, self.plan, self.config, self.chosen = (
+            runtime,
+            runtime.plan,
+            runtime.plan.config,
+            runtime.plan.chosen,
+        )
         self.base: Path = load.model_folder(self.config.model, self.plan.model)
         self.tokenizer = load.load_tokenizer(self.base, self.config.model)
         self.data = prepare_data(
@@ -45,7 +50,12 @@ class Session:
 
     def run(self) -> bool:
         prepared = prepare(
-            self.base, self.config.model, self.config.strategy, self.chosen, self.runtime.device, self.config.optimization.seed
+            self.base,
+            self.config.model,
+            self.config.strategy,
+            self.chosen,
+            self.runtime.device,
+            self.config.optimization.seed,
         )
         self.report(prepared)
         loop = self.loop(prepared)
@@ -70,7 +80,9 @@ class Session:
             max_steps=optimization.max_steps,
         )
         model = prepared.model.train()
-        optimizer = make_optimizer(model.named_parameters(), chosen.optimizer, chosen.learning_rate, optimization.weight_decay)
+        optimizer = make_optimizer(
+            model.named_parameters(), chosen.optimizer, chosen.learning_rate, optimization.weight_decay
+        )
         dtype = compute_dtype(chosen.precision)
         stepper = Stepper(
             runtime=self.runtime,
@@ -113,7 +125,9 @@ class Session:
             return torch.nn.parallel.DistributedDataParallel(
                 model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
             )
-        raise JobFailed(f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp.")
+        raise JobFailed(
+            f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp."
+        )
 
     def held_out(self) -> evaluate.HeldOut | None:
         if self.data.eval is None or len(self.data.eval) == 0:
@@ -138,7 +152,8 @@ class Session:
         applied = found is not None and found.applied
         if self.runtime.device.type == "cuda" and not applied and self.config.strategy.kernels != "off":
             raise JobFailed(
-                "the kernel layer was not applied to this model: " + (found.text() if found else "it is off")
+                "the kernel layer was not applied to this model: "
+                + (found.text() if found else "it is off")
                 + " Train without it by --set strategy.kernels=off."
             )
         if not self.runtime.main:
@@ -151,7 +166,9 @@ class Session:
         )
         self.say(found.text() if found else "kernels: off")
         share = prepared.trainable / prepared.total
-        self.say(f"training {prepared.trainable / 1e6:,.1f} M of {prepared.total / 1e6:,.1f} M parameters ({share:.1%})")
+        self.say(
+            f"training {prepared.trainable / 1e6:,.1f} M of {prepared.total / 1e6:,.1f} M parameters ({share:.1%})"
+        )
 
     def before(self, loop: Loop, done: int) -> dict[str, Any] | None:
         """The base model's figures: measured once, at step 0, and read back by a resumed attempt."""
@@ -174,7 +191,9 @@ class Session:
         found: dict[str, Any] = evaluate.held_out_loss(loop.stepper, loop.held_out, self.pad_id)
         if self.runtime.main:
             prompts = loop.held_out.prompts(self.config.evaluation.generations)
-            found["answers"] = evaluate.answers(loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens)
+            found["answers"] = evaluate.answers(
+                loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens
+            )
         self.runtime.barrier()
         return found
 
@@ -189,7 +208,11 @@ class Session:
                 sample["tuned"] = after["answers"][i]
             figures = {"before": before, "after": after, "samples": samples}
             record.write_atomically(self.runtime.folder.evaluation, json.dumps(figures, ensure_ascii=False, indent=1))
-            brief = {when: {k: v for k, v in found.items() if k != "answers"} for when, found in (("before", before), ("after", after)) if found}
+            brief = {
+                when: {k: v for k, v in found.items() if k != "answers"}
+                for when, found in (("before", before), ("after", after))
+                if found
+            }
             record.update(self.runtime.folder, evaluation=brief)
         path = export(self.runtime.folder, self.plan, self.base, loop.stepper.model_inside(), self.tokenizer)
         self.say(f"the model is in {path}")
