@@ -20,6 +20,8 @@ def loss_bytes(r: MemoryRequest) -> tuple[int, int]:
     head = other_width(r) if r.adapters else compute_width(r)
     if r.kernels == "none":
         per_logit = C["logit_bytes_eager_fp32_head"] if head == 4 else C["logit_bytes_eager"]
+        # A plain loop keeps the model's outputs, logits included, through backward (the T4 rows); Trainer, which the
+        # sharded rows used, lets go of them (FM-092, FM-035). On one GPU the dearer case is budgeted.
         held = head * v * t if r.parallel == "none" else 0
         return int(per_logit * v * t + 3 * h * e * t), held
     if r.kernels == "ce":
