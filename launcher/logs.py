@@ -28,9 +28,11 @@ def lines(folder: RunFolder, *, follow: bool = False) -> Iterator[str]:
             ended = api.current_state(folder).ended
             delay = min(delay * 1.5, LONGEST_S.get(backends.scheduler_of(found), 30.0))
             ask_at = time.monotonic() + delay
-        for path in sorted(folder.logs.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-"))):
+        found = sorted(folder.logs.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-")))
+        for path in found:
             if path not in files:
                 files[path] = path.open(encoding="utf-8", errors="replace")
+        for path in found:
             text = partial.pop(path, "") + files[path].read()
             *whole, rest = text.split("\n")
             if rest and not ended:

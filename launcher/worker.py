@@ -38,7 +38,7 @@ def main(run: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
     stopping.listen()
     folder.logs.mkdir(exist_ok=True)
-    sys.stderr = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
+    sys.stderr = tee = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
     drop_harmless_lines()
     node = None
     try:
@@ -49,10 +49,10 @@ def main(run: str) -> int:
         code, error = problem.exit_code, str(problem)
         node = getattr(problem, "node", None)
     except Exception as problem:  # the last line of defence: every failure must reach the record
-        traceback.print_exc()
-        code, error = 1, describe(problem)
-    if error is not None and rank == 0:
-        print(error, file=sys.stderr)
+        traceback.print_exc(file=tee.file)
+        code, error = 1, f"{describe(problem)} The traceback is in {folder.log(rank)}."
+    if error is not None:  # on the screen only the cause, not its echo on other ranks
+        print(error, file=tee.file if folder.outcome.exists() else tee)
     if error is not None or rank == 0:
         # The first rank to fail writes; the others fail because it did.
         outcome = {"exit_code": code, "error": error, "rank": rank, "node": node}
@@ -143,7 +143,9 @@ def describe(problem: BaseException) -> str:
         return f"out of memory: {text}. Lower optimization.micro_batch or data.max_length, or choose lora or qlora."
     if isinstance(problem, OSError) and problem.errno == 28:
         return f"no space left on the device that holds {problem.filename or 'the run folder'}; free some and `trebuchet resume`."
-    return f"{type(problem).__name__}: {text}"
+    if "Connection reset by peer" in text or "Connection closed by peer" in text:
+        return "another rank ended in the middle of a step, and this one waited for it; its log has the cause, if it had time to say."
+    return f"{type(problem).__name__}: {text.rstrip('.')}."
 
 
 def write_outcome(folder: RunFolder, outcome: dict[str, Any]) -> None:

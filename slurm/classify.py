@@ -117,7 +117,7 @@ def classify(
         return Verdict(kind="host-oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=reason, exit_code=1)
     if error and OOM.search(error):
         return _out_of_memory(error, micro_batch)
-    return _failure(code, error, status, said, facts, history, restarts)
+    return _failure(code, error, outcome.get("node") if outcome else None, status, said, facts, history, restarts)
 
 
 def _time_limit(history: Sequence[dict[str, Any]], saved: str, kept: bool) -> Verdict:
@@ -140,6 +140,7 @@ def _out_of_memory(error: str, micro_batch: int) -> Verdict:
 def _failure(
     code: int | None,
     error: str | None,
+    named: str | None,
     status: int,
     said: str,
     facts: Facts,
@@ -158,7 +159,7 @@ def _failure(
         return Verdict(
             kind="hang", state=JobState.FAILED, action="requeue" if again else "exit", reason=reason, exit_code=1
         )
-    if killed or down or (code != 2 and NODE.search(error or echo)):
+    if killed or down or named or (code != 2 and NODE.search(error or echo)):
         reason = f"{'node ' + down[0] + ' is ' + facts.node_states[down[0]] if down else who}. {error or ''}".strip()
         if sum(a.get("kind") == "node" for a in history) >= restarts:
             return Verdict(
@@ -168,7 +169,7 @@ def _failure(
                 reason=f"{reason} It was the last of {restarts} restarts.",
                 exit_code=1,
             )
-        bad = down[0] if down else node
+        bad = down[0] if down else named or node
         if bad and _others(facts, bad):
             return Verdict(
                 kind="node",

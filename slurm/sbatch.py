@@ -61,8 +61,11 @@ exit 1
 """
 
 
-def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None) -> str:
-    """The whole script. `python` is the interpreter of the submitting side, used when the site names no other."""
+def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None, recorded: bool = True) -> str:
+    """The whole script. `python` is the interpreter of the submitting side, used when the site names no other.
+
+    `recorded`: the job is a run with a record and may requeue itself; without, it ends with the exit code of its ranks.
+    """
     parts = [
         "#!/bin/bash\n" + _headline(spec),
         "\n".join(f"#SBATCH {line}" for line in directives(spec, site, array=array)) + "\n",
@@ -71,9 +74,9 @@ def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None) 
         _environment(spec, site),
         MEETING,
         TASK.format(caches=_node_local(site)),
-        _programs(site, python),
-        _ranks(spec, site),
-        DECIDE,
+        _programs(site, python, recorded=recorded),
+        _ranks(spec, site, recorded=recorded),
+        DECIDE if recorded else "",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -169,7 +172,7 @@ def _environment(spec: JobSpec, site: Site) -> str:
     return "\n".join([*lines, ""])
 
 
-def _programs(site: Site, python: str) -> str:
+def _programs(site: Site, python: str, *, recorded: bool) -> str:
     """Shell functions: `attempt` keeps the record, `facts` is what Slurm knows of the job and its nodes."""
     own = site.venv or site.conda or site.container
     lines = [f"python={_path(site.python) if site.python else 'python3' if own else quote(python)}"]
@@ -186,6 +189,8 @@ def _programs(site: Site, python: str) -> str:
         prefix = 'srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${box[@]}" '
     else:
         prefix = ""
+    if not recorded:
+        return "\n".join([*lines, ""])
     lines += [
         f'attempt() {{ {prefix}"$python" -m trebuchet.slurm.attempt "$@"; }}',
         "facts() {",
@@ -199,7 +204,7 @@ def _programs(site: Site, python: str) -> str:
     return "\n".join(lines)
 
 
-def _ranks(spec: JobSpec, site: Site) -> str:
+def _ranks(spec: JobSpec, site: Site, *, recorded: bool) -> str:
     cpus = site.cpus_per_task or spec.cpus_per_task
     options = ["--kill-on-bad-exit=1", "--label"]
     if cpus:  # srun does not take it over from sbatch since Slurm 22.05
@@ -210,11 +215,14 @@ def _ranks(spec: JobSpec, site: Site) -> str:
     if box is not None and box.runtime == "pyxis":
         options.append('"${box[@]}"')
     arguments = " ".join('"$run"' if a == str(spec.run_folder) else quote(a) for a in spec.arguments)
+    srun = (
+        f'srun {" ".join(options)} \\\n  bash -c "$task" rank {inside}"$python" -m {quote(spec.module)} {arguments}\n'
+    )
+    if not recorded:
+        return srun
     return (
         "trap : TERM USR1  # the script outlives the ranks: it writes the record and requeues\n"
-        'facts | attempt begin "$run" || exit\n'
-        f'srun {" ".join(options)} \\\n  bash -c "$task" rank {inside}"$python" -m {quote(spec.module)} {arguments}\n'
-        f"status=$? warning_s={site.warning_s or spec.warning_s}\n"
+        f'facts | attempt begin "$run" || exit\n{srun}status=$? warning_s={site.warning_s or spec.warning_s}\n'
     )
 
 

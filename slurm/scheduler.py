@@ -12,13 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from ..launcher import record
+from ..launcher.cluster import Cluster
 from ..launcher.errors import ClusterError, SchedulerRefused
 from ..launcher.job import JobHandle, JobSpec, JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
-from . import sbatch, states
+from . import doctor, sbatch, states
 from .site import Site, build_site
 
 SAVE_BYTES_PER_S = 200e6  # assumed until a save was measured: a slow shared file system
@@ -115,6 +117,14 @@ def cancel(folder: RunFolder) -> str:
         if record.read(folder)["state"] == JobState.CANCELLED:
             return "was waiting and is taken from the queue"
     return "will save a checkpoint at the end of this step and stop"
+
+
+def examine(cluster: Cluster) -> dict[str, Any]:
+    """Every rank that a run on all of the cluster's nodes would have, asked together."""
+    if len(cluster.groups) > 1:
+        raise ClusterError(f"{cluster.name} has several kinds of nodes; give a cluster file with the one to ask.")
+    group = cluster.groups[0]
+    return doctor.examine(cluster.name, cluster.slurm, group.nodes, group.gpus_per_node or 1, group.gpus_per_node)
 
 
 def job_id(handle: str) -> str:

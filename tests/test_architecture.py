@@ -147,6 +147,7 @@ SHARED = {
     "launcher.run_folder",
     "launcher.model_spec",
     "launcher.stopping",
+    "launcher.cluster",
 }
 # The places that cross to the heavy side, all inside functions.
 TO_TRAINING = {"launcher.worker", "launcher.api", "launcher.cli"}

@@ -138,7 +138,8 @@ class SlurmCluster:
         ports = free_ports(self.nodes + 1)
         names = [f"n{i}" for i in range(1, self.nodes + 1)]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} RealMemory=16000 Gres=gpu:{self.gpus} State=UNKNOWN"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
+            f"CPUs={self.cpus} RealMemory=16000 Gres=gpu:{self.gpus} State=UNKNOWN"
             for name, port in zip(names, ports[1:], strict=True)
         )
         (self.root / "slurm.conf").write_text(

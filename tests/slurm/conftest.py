@@ -14,6 +14,9 @@ import yaml
 
 from .cluster import SlurmCluster, install
 
+# Jobs start without the environment of the test; where the package is found by PYTHONPATH they need it.
+HERE = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
@@ -44,7 +47,7 @@ def cluster_file(tmp_path: Path) -> Callable[..., str]:
         tree = {
             "scheduler": "slurm",
             "groups": [{"nodes": nodes, "host_memory_gib": 16, "cores": 2}],
-            "slurm": {"partition": "low", "time": "10", **settings},
+            "slurm": {"partition": "low", "time": "10", "environment": HERE, **settings},
         }
         path = tmp_path / f"cluster-{len(list(tmp_path.glob('cluster-*')))}.yaml"
         path.write_text(yaml.safe_dump(tree), encoding="utf-8")

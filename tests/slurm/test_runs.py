@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,7 +118,9 @@ def test_time_limit_cancel_and_resume(
     slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=3")
     wait_for_step(run, 3, attempt=2)
     first, second = record.read(run)["attempts"]
-    assert first["kind"] == "time-limit" and first["state"] == "TIMEOUT" and "saved in time" in first["reason"], said(run)
+    assert first["kind"] == "time-limit" and first["state"] == "TIMEOUT" and "saved in time" in first["reason"], said(
+        run
+    )
     assert second["first_step"] == first["last_step"] and second["handle"] == first["handle"]
 
     assert cli.main(["cancel", str(run.root)]) == 0
@@ -142,7 +143,8 @@ def test_hostile_folder_from_a_login_node_without_torch(
 ) -> None:
     """Submitted by the command line where torch, transformers and datasets cannot be imported; the script is the dry run's."""
     folder = tmp_path / "a b'c\"$(touch pwned)`touch pwned`\n日本 %j \\ #"
-    (tmp_path / "train.yaml").write_text(yaml.safe_dump(tiny_config({"optimization.max_steps": 2, "evaluation.generations": 0}, output=str(folder))))  # fmt: skip
+    config = tiny_config({"optimization.max_steps": 2, "evaluation.generations": 0}, output=str(folder))
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     bare = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets', 'numpy')));"
         "from trebuchet.launcher import cli; sys.exit(cli.main(sys.argv[1:]))"
@@ -167,7 +169,11 @@ def test_hostile_folder_from_a_login_node_without_torch(
 
 
 def test_data_that_only_the_node_can_read_stop_the_job(
-    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slurm: SlurmCluster,
+    cluster_file: Callable[..., str],
+    tiny_config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"nothing": "known"}\n' * 20)
     monkeypatch.setattr(api, "can_read_data", lambda: False)
@@ -179,10 +185,16 @@ def test_data_that_only_the_node_can_read_stop_the_job(
 
 
 def test_waiting_jobs_and_refusals(
-    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: SlurmCluster,
+    cluster_file: Callable[..., str],
+    tiny_config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Cancelled in the queue; refused by sbatch; many states with one question."""
-    runs = [submit(tiny_config(output=str(tmp_path / "runs" / str(i))), cluster_file(extra=["--hold"])) for i in range(3)]
+    runs = [
+        submit(tiny_config(output=str(tmp_path / "runs" / str(i))), cluster_file(extra=["--hold"])) for i in range(3)
+    ]
     assert {api.current_state(run) for run in runs} == {JobState.PENDING}
     assert cli.main(["cancel", str(runs[0].root)]) == 0 and "taken from the queue" in capsys.readouterr().out
     slurm.ask("scancel", record.read(runs[1])["submitted"].rpartition("/")[2])
@@ -196,3 +208,19 @@ def test_waiting_jobs_and_refusals(
     assert "invalid partition" in capsys.readouterr().err
     found = record.read(open_run(str(tmp_path / "refused")))
     assert found["state"] == "FAILED" and "invalid partition" in found["error"]
+
+
+def test_doctor_asks_the_nodes(
+    slurm: SlurmCluster,
+    cluster_file: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two nodes answer together; the folder of the job is gone afterwards."""
+    monkeypatch.chdir(tmp_path)
+    cluster = cluster_file(nodes=2)
+    assert cli.main(["doctor", "--cluster", cluster]) == 0
+    said = capsys.readouterr().out
+    assert "2 ranks met (n" in said and "GB/s" in said and "fit to train" in said
+    assert not list(tmp_path.glob(".trebuchet-doctor-*"))

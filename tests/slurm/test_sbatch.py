@@ -17,7 +17,10 @@ from trebuchet.slurm.site import build_site
 
 GOLDEN = Path(__file__).parent / "golden"
 PYTHON = "/shared/venv/bin/python"
-HOSTILE = ("a b", "it's", 'say "x"', "$(touch pwned)", "`touch pwned`", "two\nlines", "naïve-日本", "100%j", "back\\slash", "-x", "a;b&c|d>e", "#x", "*")  # fmt: skip
+HOSTILE = (
+    "a b", "it's", 'say "x"', "$(touch pwned)", "`touch pwned`", "two\nlines", "naïve-日本", "100%j", "back\\slash", "-x",
+    "a;b&c|d>e", "#x", "*",
+)  # fmt: skip
 
 
 def spec(folder: str = "/shared/runs/demo", **changes: Any) -> JobSpec:
@@ -111,7 +114,9 @@ def test_ranks_are_numbered_in_the_task() -> None:
     text = render(spec(), build_site({}, "test"), PYTHON)
     before, task, after = text.partition("task='")
     inside, _, rest = task and after.partition("'\n")
-    assert "SLURM_PROCID" not in before.replace("# Each task expands this itself: on the batch host SLURM_PROCID is 0", "")
+    assert "SLURM_PROCID" not in before.replace(
+        "# Each task expands this itself: on the batch host SLURM_PROCID is 0", ""
+    )
     assert "RANK=$SLURM_PROCID" in inside and "SLURM_PROCID" not in rest and "torchrun" not in text
 
 
