@@ -177,7 +177,7 @@ def _tokenizer_content(tokenizer: Any) -> str:
 def code_version() -> str:
     """Of this folder's code and templates: after any change here the cache is made anew."""
     folder = Path(__file__).parent
-    files = sorted([*folder.glob("*.py"), *folder.glob("templates/*.jinja")])
+    files = sorted([*folder.glob("*.py"), *folder.glob("*.jinja")])
     return digest(*(path.read_text(encoding="utf-8") for path in files))
 
 

@@ -16,7 +16,7 @@ from ...launcher.errors import DataError, did_you_mean
 from .layouts import Chat, Message
 from .readers import RowError
 
-# Templates in templates/, with the tokens that must be single tokens of the tokenizer for them to make sense.
+# The .jinja files of this folder, with the tokens that must be single tokens of the tokenizer for them to make sense.
 NAMED: dict[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>"), "alpaca": ()}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -116,7 +116,7 @@ def find_template(choice: str | None, tokenizer: Any, tokenizer_id: str) -> Rend
                 f"data.chat_template: {choice} writes {missing[0]}, which is no token of {tokenizer_id}: the model "
                 f"would see it in pieces. Use alpaca, which ends turns with the tokenizer's own EOS, or a Jinja file."
             )
-        text = (Path(__file__).parent / "templates" / f"{choice}.jinja").read_text(encoding="utf-8")
+        text = (Path(__file__).parent / f"{choice}.jinja").read_text(encoding="utf-8")
         return Renderer(tokenizer=tokenizer, template=text, origin=f"the template {choice}")
     if choice in own:
         return Renderer(

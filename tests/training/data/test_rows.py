@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -91,3 +93,9 @@ def test_ranks_share_a_batch_exactly_and_in_step(batch: list[int], micro: int, w
     assert all(len(rows) <= micro for mine in shares for rows in mine)
     counts = [sum(map(len, mine)) for mine in shares]
     assert max(counts) - min(counts) <= 1
+
+
+def test_nothing_here_imports_torch_before_tensors_are_asked_for() -> None:
+    code = "import sys, trebuchet.training.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
