@@ -28,11 +28,11 @@ def lines(folder: RunFolder, *, follow: bool = False) -> Iterator[str]:
             ended = api.current_state(folder).ended
             delay = min(delay * 1.5, LONGEST_S.get(backends.scheduler_of(found), 30.0))
             ask_at = time.monotonic() + delay
-        found = sorted(folder.logs.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-")))
-        for path in found:
+        paths = sorted(folder.logs.glob("rank-*.log"), key=lambda p: int(p.stem.removeprefix("rank-")))
+        for path in paths:
             if path not in files:
                 files[path] = path.open(encoding="utf-8", errors="replace")
-        for path in found:
+        for path in paths:
             text = partial.pop(path, "") + files[path].read()
             *whole, rest = text.split("\n")
             if rest and not ended:

@@ -123,7 +123,7 @@ class Session:
             # Buffers (rotary frequencies) are constants; broadcasting them would be a collective in each first forward, and a rank
             # that has no held-out rows makes none.
             return torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
+                model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
             )
         raise JobFailed(
             f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp."
