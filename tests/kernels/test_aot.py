@@ -1,0 +1,76 @@
+"""Every kernel compiled for every chip at production sizes, held to kernels/budgets.json. No GPU, no interpreter."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from trebuchet.kernels import aot
+
+Measurements = dict[str, aot.Measured]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Measurements:
+    """Compiled afresh in processes of their own: this one's kernels are bound to the interpreter."""
+    folder = tmp_path_factory.mktemp("aot")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "trebuchet.kernels.aot", "--json", str(folder / "measured.json")]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    assert (folder / "measured.json").exists(), done.stderr
+    return json.loads((folder / "measured.json").read_text())
+
+
+def budgets() -> dict:
+    return json.loads(Path(aot.BUDGETS).read_text())
+
+
+@pytest.mark.slow
+def test_within_budget(measured: Measurements) -> None:
+    """Registers, shared memory, instructions and widest load of each case; no stack anywhere."""
+    assert set(measured) == set(aot.TARGETS)
+    assert aot.beyond(measured, budgets()) == []
+    assert all(set(kernels) == set(budgets()) for kernels in measured.values()), "a budget without a kernel"
+
+
+@pytest.mark.slow
+def test_what_the_budget_must_say(measured: Measurements) -> None:
+    """The budget itself: no spill, shared memory within the chip, 128-bit loads wherever rows are aligned."""
+    narrow = {"rope q9 k3"}  # 3 heads of 32 halves are fewer elements than one warp's 128-bit loads
+    for target, kernels in measured.items():
+        for case, got in kernels.items():
+            assert got["stack_bytes"] == 0, (case, target)
+            assert got["shared_bytes"] <= aot.SHARED_KIB[target] * 1024
+            if not any(case.startswith(n) for n in narrow):
+                assert "128" in got["load_bits"], (case, target, got["load_bits"])
+
+
+@pytest.mark.slow
+def test_targets_of_the_forward_norm(measured: Measurements) -> None:
+    """The figures set for RMSNorm: at most 40 registers forward and 64 backward, dw included."""
+    for target, kernels in measured.items():
+        assert kernels["rms_norm forward H=4096"]["registers"] <= 40, target
+        assert kernels["rms_norm backward H=4096 frozen"]["registers"] <= 64, target
+        assert kernels["rms_norm backward H=8192 dw"]["registers"] <= 64, target
+
+
+def test_a_figure_beyond_its_budget_is_named() -> None:
+    got = {
+        "registers": 40, "stack_bytes": 0, "shared_bytes": 32, "instructions": 100, "load_bits": {"128": 4, "32": 1},
+    }  # fmt: skip
+    measured = {"sm_80": {"case": got}}
+    allowed = aot.as_budgets(measured)
+    assert aot.beyond(measured, allowed) == []
+    for key, value, words in (
+        ("registers", 41, "registers 41, budget 40"), ("stack_bytes", 8, "spills 8 bytes"),
+        ("shared_bytes", 200_000, "do not fit the chip"), ("instructions", 101, "instructions 101"),
+        ("load_bits", {"64": 8}, "widest load"),
+    ):  # fmt: skip
+        worse = copy.deepcopy(measured)
+        worse["sm_80"]["case"][key] = value
+        assert any(words in sentence for sentence in aot.beyond(worse, allowed)), key
+    assert "no budget" in aot.beyond({"sm_80": {"new": got}}, allowed)[0]
