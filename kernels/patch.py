@@ -74,6 +74,7 @@ class _Log:
         self.fused: Counter[tuple[str, str]] = Counter()
         self.skipped: dict[tuple[str, str], list[str]] = {}
         self.inside: set[int] = set()  # linear layers whose tensors the op of the module above reads: counted there
+        self.leaves: set[int] = set()  # modules whose gradients ZeRO-3 may take together: see `patch_layers._block`
 
     def took(self, module: AnyModule | str, op: str, count: int = 1) -> None:
         self.fused[module if isinstance(module, str) else _label(module), op] += count
@@ -130,6 +131,7 @@ def _patch_module(module: AnyModule, name: str, log: _Log) -> None:
         norm = module.pre_feedforward_layernorm if known.sandwich else module.post_attention_layernorm
         if isinstance(pattern(norm), Norm):
             _install(module, block_forward, kernel_pattern=known)
+            log.leaves |= {id(module.self_attn), id(module.mlp)}
             log.took(module, "add_rms_norm")
         else:
             log.left(module, name, "its norm is not one that the layer knows")
@@ -139,9 +141,10 @@ def _patch_attention(module: AnyModule, known: Attention, log: _Log) -> None:
     attributes: dict[str, Any] = {"kernel_pattern": known, "kernel_eager_attention": eager_attention(module)}
     layers = [] if known.packed_qkv else [module.q_proj, module.k_proj, module.v_proj]
     if layers and all(refusal(layer) is None for layer in layers) and not all(map(plain_layer, layers)):
-        attributes["_z3_leaf"] = True
         log.took(layers[0], "lora_qkv", 3)
         log.inside |= {id(layer) for layer in layers}
+    if id(module) in log.leaves and not all(map(plain_layer, filter(is_linear, module.children()))):
+        attributes["_z3_leaf"] = True
     _install(module, attention_forward, **attributes)
     log.took(module, "rope")
 
@@ -160,8 +163,9 @@ def _patch_mlp(module: AnyModule, name: str, known: Mlp, log: _Log) -> None:
         and not any(map(_drops, (module.gate_proj, module.up_proj, module.down_proj)))
     )
     if whole:
-        attributes["_z3_leaf"] = True
         log.inside |= {id(layer) for layer in (module.gate_proj, module.up_proj, module.down_proj)}
+    if id(module) in log.leaves and (whole or not all(map(plain_layer, filter(is_linear, module.children())))):
+        attributes["_z3_leaf"] = True
     _install(module, mlp_forward, **attributes)
     log.took(module, f"lora_mlp ({gated})" if whole else gated)
 
@@ -178,7 +182,7 @@ def _patch_linear(module: AnyModule, name: str, log: _Log) -> None:
         # training goes on with wrong bytes (loss off by 0.0024 in the model where this was found).
         _install(module, linear_forward, support_avx512bf16_for_cpu=False)
     else:
-        _install(module, linear_forward, _z3_leaf=True)
+        _install(module, linear_forward)
     if id(module) not in log.inside and not name.endswith(".base_layer"):
         log.took(module, "lora_linear")
 
@@ -210,13 +214,10 @@ def _patch_causal_lm(model: AnyModule, name: str, log: _Log) -> str:
 
 def _heads(model: AnyModule) -> tuple[list[nn.Module], str | None]:
     """The dense layers that can act as the head (several when PEFT keeps a trained copy), or why there is none."""
-    head = getattr(model, "lm_head", None)
+    head: Any = getattr(model, "lm_head", None)
     wrapper = loaded("peft.utils.other", "ModulesToSaveWrapper")
-    heads: list[Any]
-    if wrapper is not None and isinstance(head, wrapper):
-        heads = [head.original_module, *head.modules_to_save.values()]
-    else:
-        heads = [head]
+    saved = wrapper is not None and isinstance(head, wrapper)
+    heads: list[Any] = [head.original_module, *head.modules_to_save.values()] if saved else [head]
     if all(isinstance(h, nn.Module) and plain_layer(h) and "forward" not in vars(h) for h in heads):
         return heads, None
     return (

@@ -107,8 +107,11 @@ def block_forward(self: AnyModule, hidden_states: Tensor, *args, **kwargs) -> Te
 
 
 def _block(self: AnyModule, hidden_states: Tensor, **kwargs) -> Tensor:
+    if hasattr(self, "ds_id") and torch.is_grad_enabled() and not hidden_states.requires_grad:
+        # ZeRO-3 takes a leaf module's gradients when that of its first input arrives, so there must be one.
+        hidden_states = hidden_states.detach().requires_grad_()
     p, residual = self.kernel_pattern, hidden_states
-    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+    hidden_states, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)  # by position, for the same reason
     if p.sandwich:
         hidden_states = self.post_attention_layernorm(hidden_states)
         hidden_states, residual = self.pre_feedforward_layernorm(hidden_states, residual)

@@ -1,4 +1,6 @@
-"""`patch` against the model as transformers and PEFT run it: loss and every gradient, generation, adapters, undoing, the report."""
+"""`patch` against the model as transformers and PEFT run it: loss and every gradient, generation, adapters, undoing,
+the report.
+"""
 
 import copy
 import json
@@ -13,7 +15,7 @@ from trebuchet.kernels.patch import patch, unpatch
 from trebuchet.kernels.patch_report import KernelReport
 
 sys.path.insert(0, str(Path(__file__).parent))
-from patch_models import (  # noqa: E402
+from patch_models import (
     FAMILIES,
     VOCAB,
     batch,
