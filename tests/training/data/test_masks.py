@@ -236,6 +236,19 @@ def test_tools_reach_the_template(byte_level: Tokenizer, prep: Prep) -> None:
     assert "weather" not in tokenizer.decode(prepared.train.sample(1)[0])
 
 
+def test_a_tool_call_is_part_of_the_turn_that_makes_it(byte_level: Tokenizer, prep: Prep) -> None:
+    call = "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}"
+    tokenizer = wrap(byte_level, kit.CHATML.replace("{{ m.content }}", "{{ m.content }}" + call))
+    asked = chat("Weather?", "Let me look.", "And now?", "Rain.")
+    calling = chat("Weather?", "Let me look.", "And now?", "Rain.")
+    calling["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "weather", "arguments": {}}}]
+    silent = {"messages": [asked["messages"][0], calling["messages"][1] | {"content": None}]}
+    prepared = prep([asked, calling, silent], tokenizer)
+    assert trained_texts(prepared, tokenizer, 0) == ["Let me look.<|im_end|>", "Rain.<|im_end|>"]
+    assert trained_texts(prepared, tokenizer, 1) == ["Let me look.<call>weather</call><|im_end|>", "Rain.<|im_end|>"]
+    assert trained_texts(prepared, tokenizer, 2) == ["<call>weather</call><|im_end|>"]
+
+
 @pytest.mark.parametrize("name", ["chatml", "alpaca"])
 def test_templates_by_name(name: str, byte_level: Tokenizer, prep: Prep) -> None:
     tokenizer = wrap(byte_level, None)
