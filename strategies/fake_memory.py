@@ -10,8 +10,9 @@ not. Quantized weights: see `fake_nf4`.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -134,3 +135,47 @@ def materialize(model: nn.Module, device: str) -> None:
                         nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
                     )
                 slots[name] = made[id(tensor)]  # type: ignore[assignment]
+        state = getattr(module, "quant_state", None)
+        if state is not None:
+            _materialize_scales(state, device)
+            module.weight.quant_state = state  # type: ignore[union-attr]  # where bitsandbytes' forward looks first
+
+
+def fake_nf4(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> None:
+    """Make each dense linear layer of a model on the meta device a bitsandbytes NF4 layer with double quantization.
+
+    In place, before adapters are added; as `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)`
+    would leave it, computing in the dtype of the weights. `skip`: names of layers to leave, wherever they are.
+    """
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear or name in skip:
+                continue
+            w = child.weight
+            blocks = -(-w.numel() // 64)
+            empty = partial(torch.empty, device="meta", dtype=torch.float32)
+            inner = QuantState(empty(-(-blocks // 256)), code=empty(256), blocksize=256, dtype=torch.float32)
+            scales, codes = empty(blocks, dtype=torch.uint8), empty(16)
+            state = QuantState(scales, w.shape, codes, 64, "nf4", w.dtype, offset=empty(()), state2=inner)
+            with torch.device("meta"):
+                layer = Linear4bit(
+                    w.shape[1], w.shape[0], bias=child.bias is not None, compute_dtype=w.dtype, quant_type="nf4"
+                )
+            layer.weight = Params4bit(
+                empty(w.numel() // 2, 1, dtype=torch.uint8), requires_grad=False, quant_state=state, quant_type="nf4",
+                bnb_quantized=True, module=layer,
+            )  # fmt: skip
+            layer.bias, layer.quant_state, layer.support_avx512bf16_for_cpu = child.bias, state, False
+            setattr(parent, name, layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks for it
+
+
+def _materialize_scales(state: Any, device: str) -> None:
+    for part in (state, state.state2):
+        for name in ("absmax", "code", "offset"):
+            tensor = getattr(part, name, None)
+            if tensor is not None:
+                setattr(part, name, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
