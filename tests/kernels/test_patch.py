@@ -10,6 +10,8 @@ from types import MethodType
 
 import pytest
 import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trebuchet.kernels import functional, patch_documents
 from trebuchet.kernels.patch import patch, unpatch
 from trebuchet.kernels.patch_report import KernelReport
@@ -239,6 +241,28 @@ def test_packed_rows_build_no_mask_unless_a_window_is_shorter(monkeypatch):
     patch(net)
     token_loss(net, b)
     assert made == [4]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_attention_is_asked_for_the_same(family):
+    """Windows and softcaps reach attention kernels as arguments that sdpa does not read."""
+    asked = []
+
+    def spy(module, query, key, value, mask, **options):
+        asked.append(
+            {name: v for name, v in options.items() if not isinstance(v, torch.Tensor)} | {"layer": module.layer_idx}
+        )
+        return sdpa_attention_forward(module, query, key, value, mask, **{**options, "softcap": None})
+
+    AttentionInterface.register("spy", spy)
+    net, b = model(family), batch()
+    net.config._attn_implementation = "spy"
+    whole_logits_loss(net, b)
+    theirs = list(asked)
+    asked.clear()
+    patch(net)
+    token_loss(net, b)
+    assert asked == theirs and len(asked) == 2
 
 
 def test_documents_of_packed_rows_do_not_see_each_other():
