@@ -102,9 +102,10 @@ class SlurmCluster:
         daemon.wait()
 
     def stop(self) -> None:
-        with contextlib.suppress(subprocess.SubprocessError):
-            self.ask("scancel", "--full", "--signal=KILL", "--user=root")
+        with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
             self.ask("scancel", "--user=root")
+            self.ask("scancel", "--full", "--signal=KILL", "--user=root", check=False)
+            wait_for(lambda: not self.ask("squeue", "-h").strip(), 30, "jobs to end")  # or their steps wait for a controller
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():

@@ -59,16 +59,21 @@ status=$? warning_s=120
 
 read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s")"
 case $verdict in
-  requeue)  # saved in time, or killed by nobody's fault: go on under the same id
+  requeue)  # saved in time, or ended by nobody's fault: go on under the same id
+    trap "exit 0" TERM  # which is what a requeued script gets
     scontrol requeue "$SLURM_JOB_ID" && exit 0
     ;;
-  avoid)    # the same, on other nodes than $word
-    scontrol requeuehold "$SLURM_JOB_ID" &&
-      scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$word"
-    scontrol release "$SLURM_JOB_ID" && exit 0
+  avoid)    # the same on other nodes than $word; the SIGTERM of the requeue may end the command that runs when it comes
+    again() { "$@" || "$@" || "$@"; }
+    scontrol requeuehold "$SLURM_JOB_ID"
+    again scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$word"
+    again scontrol release "$SLURM_JOB_ID" && exit 0
     ;;
   exit)
     exit "$word"
+    ;;
+  *)        # ended from outside before it could be decided
+    exit 1
     ;;
 esac
 echo "the job could not be requeued; go on with: trebuchet resume $(printf %q "$run")" >&2
