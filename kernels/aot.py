@@ -5,14 +5,15 @@
     python -m trebuchet.kernels.aot --json FILE   the measurements, for tests and benchmarks
 
 Kernels go through Triton's own JIT with a driver that only names a target, so specialization (16-byte alignment,
-strides of 1) is what a run on that chip would see. Measured on the machine code: cuobjdump and nvdisasm from the
-Triton wheel; for ROCm the metadata of the assembly. Leaves out everything that needs to run.
+strides of 1) is what a run on that chip would see. Measured on the machine code (cuobjdump comes with the
+Triton wheel), widths of loads on the PTX; for ROCm on the assembly and its metadata. Leaves out everything that needs to run.
 """
 
 import argparse
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ SHARED_KIB = {
     "gfx942": 64,
 }
 TARGETS = tuple(SHARED_KIB)
+_NOP = 0x918
 
 Measured = dict[str, dict[str, Any]]  # case -> registers, stack_bytes, shared_bytes, instructions, load_bits, compile_s
 
@@ -93,31 +95,43 @@ def inspect(kernel: Any) -> dict[str, Any]:
 
 
 def _inspect_cubin(kernel: Any) -> dict[str, Any]:
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
-    codes = [m[1] for m in re.finditer(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)]
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),  # type: ignore[index]
         "shared_bytes": kernel.metadata.shared,
-        "instructions": sum(code != "NOP" for code in codes),
-        "load_bits": _widths(codes, "LDG"),
-        "store_bits": _widths(codes, "STG"),
+        "instructions": _count_instructions(cubin),
+        "load_bits": _widths(ptx, "ld"),
+        "store_bits": _widths(ptx, "st"),
     }
 
 
-def _widths(codes: Iterable[str], kind: str) -> dict[str, int]:
-    """{bits: how many instructions} of global loads (LDG) or stores (STG)."""
+def _count_instructions(cubin: bytes) -> int:
+    """Instructions of the code sections except NOP: 16 bytes each since sm_70, the opcode in the lowest 12 bits.
+
+    The same number as nvdisasm lists (a test compares), which takes half a second for each kernel.
+    """
+    sections, size, count, names_at = (*struct.unpack_from("<Q", cubin, 40), *struct.unpack_from("<HHH", cubin, 58))
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, sections + i * size) for i in range(count)]
+    names = cubin[headers[names_at][4] :]
+    found = 0
+    for name, _, _, _, start, length, *_ in headers:
+        if names[name : name + 6] == b".text.":
+            words = struct.unpack_from(f"<{length // 8}Q", cubin, start)[::2]
+            found += sum(word & 0xFFF != _NOP for word in words)
+    return found
+
+
+def _widths(ptx: str, kind: str) -> dict[str, int]:
+    """{bits: how many instructions} of global loads ("ld") or stores ("st") in PTX, widest first."""
     found: dict[str, int] = {}
-    for code in codes:
-        parts = code.split(".")
-        if parts[0] == kind:
-            small = next((p[1:] for p in parts if p in ("U8", "S8", "U16", "S16")), None)
-            bits = small or next((p for p in parts if p in ("64", "128", "256")), "32")
-            found[bits] = found.get(bits, 0) + 1
+    for vector, bits in re.findall(rf"\b{kind}\.global(?:\.[A-Za-z_0-9:]+)*?(?:\.v(\d))?\.[bsuf](\d+)\b", ptx):
+        width = str(int(vector or 1) * int(bits))
+        found[width] = found.get(width, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
 
 

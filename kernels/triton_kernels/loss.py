@@ -127,7 +127,7 @@ def _gradient(
     else:
         dz = p * factor
     if G_LOGP:
-        dz += tl.where(col == tl.load(label_ptr + row), g_logp, 0.0)
+        dz += tl.where(col == tl.load(label_ptr + row).to(tl.int32), g_logp, 0.0)
     if CAP or SCALE:
         dz *= slope
     tl.store(out_ptr + row * stride_out + col, dz.to(out_ptr.dtype.element_ty), mask=mask)

@@ -88,7 +88,7 @@ def _backward(
     if DW:
         dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for top in range(first, tl.minimum(first + rows_per_program, rows), ROWS):
-        row = top + tl.arange(0, ROWS)[:, None]
+        row = (top + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (row < rows) & (col < H)
         dy = load_fp32(dy_ptr + row * stride_dy + col, mask, EVEN)
         x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
