@@ -74,7 +74,7 @@ def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None, 
     parts = [
         "#!/bin/bash\n" + _headline(spec),
         "\n".join(f"#SBATCH {line}" for line in directives(spec, site, array=array)) + "\n",
-        _assign("run", str(spec.run_folder)) + '\ncd "$run" || exit 1\n',
+        _enter(spec),
         _site_lines(site),
         _environment(spec, site),
         MEETING,
@@ -120,25 +120,25 @@ def directives(spec: JobSpec, site: Site, *, array: str | None = None) -> list[s
 
 
 def output(run_folder: Path) -> str:
-    """The log's path for #SBATCH; relative where the folder's name cannot stand there. Submission is from the run
-    folder."""
+    """The log's path for #SBATCH. A name that cannot stand there (a line break, %, a backslash) is left to the script, which can
+    quote it; Slurm expands % and backslashes in relative paths too, because it puts the folder before them."""
     path = str(run_folder / LOG)
-    return path if LITERAL.fullmatch(path) else LOG
+    return path if LITERAL.fullmatch(path) else "/dev/null"
 
 
 def _headline(spec: JobSpec) -> str:
     ranks = spec.nodes * spec.tasks_per_node
     kind = "one per GPU" if spec.gpus_per_node else "on the CPU"
-    by_hand = (
-        "sbatch job.sh"
-        if output(spec.run_folder) == LOG
-        else f"sbatch {_one_line(quote(str(spec.run_folder / 'job.sh')))}"
-    )
     size = f"{ranks} rank{'s' if ranks > 1 else ''} {kind} on {spec.nodes} node{'s' if spec.nodes > 1 else ''}"
-    return (
-        f"# {_one_line(spec.name)}: {size}.\n"
-        f"# Written by trebuchet. By hand{', in the run folder' if output(spec.run_folder) == LOG else ''}: {by_hand}\n"
-    )
+    by_hand = _one_line(quote(str(spec.run_folder / "job.sh")))
+    return f"# {_one_line(spec.name)}: {size}.\n# Written by trebuchet. By hand: sbatch {by_hand}\n"
+
+
+def _enter(spec: JobSpec) -> str:
+    lines = [_assign("run", str(spec.run_folder)), 'cd "$run" || exit 1']
+    if output(spec.run_folder) == "/dev/null":
+        lines.append(f"exec >>{LOG} 2>&1  # the folder's name cannot stand in an #SBATCH line")
+    return "\n".join([*lines, ""])
 
 
 def _site_lines(site: Site) -> str:

@@ -1,13 +1,13 @@
 #!/bin/bash
 # $(touch pwned) it's "x" 100%j: 8 ranks one per GPU on 2 nodes.
-# Written by trebuchet. By hand, in the run folder: sbatch job.sh
+# Written by trebuchet. By hand: sbatch '/runs/$(touch pwned) it'"'"'s "x" 100%j/job.sh'
 
 #SBATCH --job-name="$(touch pwned) it's \"x\" 100%j"
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
-#SBATCH --output=logs/slurm.log
+#SBATCH --output=/dev/null
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=USR1@120
@@ -17,6 +17,7 @@
 run='/runs/$(touch pwned)
 it'"'"'s "x" 100%j'
 cd "$run" || exit 1
+exec >>logs/slurm.log 2>&1  # the folder's name cannot stand in an #SBATCH line
 
 # srun hands on what is exported here; the shell that submitted has no part in it (--export=NONE).
 export SLURM_EXPORT_ENV=ALL
