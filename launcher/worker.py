@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,8 @@ def drop_harmless_lines() -> None:
 
     for name, beginning in HARMLESS.items():
         logging.getLogger(name).addFilter(unlike(beginning))
+    # PEFT 0.21 asks a transformers 5.23 model by a name of before.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def check_hardware(world: int, device: str, chosen: Chosen) -> None:

@@ -262,6 +262,9 @@ def test_two_processes_submitted_followed_and_cancelled(
     assert found["state"] == "CANCELLED" and found["attempts"][0]["last_step"] == found["step"] >= 5
     assert json.loads((run / "plan.json").read_text())["chosen"]["parallel"] == "ddp" and folder.log(1).exists()
 
+    said = (run / "logs" / "launcher.log").read_text()
+    assert not [noise for noise in ("Warning", "WARNING", "Traceback", "[W", "[rank") if noise in said], said
+
     one, both = ([steps_of(r)[s]["loss"] for s in range(1, 6)] for r in (tmp_path / "one", run))
     assert both == pytest.approx(one, rel=1e-5) and len(set(one)) == 5
     measured = [json.loads((r / "evaluation.json").read_text())["before"]["loss"] for r in (tmp_path / "one", run)]
