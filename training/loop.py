@@ -23,6 +23,10 @@ from .progress import Progress
 from .runtime import Runtime
 from .step import Stepper
 
+# Rows are as wide as a multiple of this: few distinct sizes keep an allocator from filling up with holes of almost the right size
+# (resident memory of the demo grew from 3.0 to 5.6 GiB in 24 steps without it), and matrix products like round ones.
+WIDTH = 64
+
 
 @dataclass
 class Loop:
@@ -98,7 +102,8 @@ class Loop:
         progress.step(step + 1, values, seconds)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        return collate([[self.samples.sample(i) for i in self.rows[row]] for row in rows], pad_id=self.pad_id)
+        samples = [[self.samples.sample(i) for i in self.rows[row]] for row in rows]
+        return collate(samples, pad_id=self.pad_id, pad_to_multiple_of=WIDTH)
 
     def evaluate(self, done: int, progress: Progress) -> None:
         assert self.held_out is not None
