@@ -10,9 +10,9 @@ model with its own loss (labels in, logits whole); "chunked loss" is the same mo
 computes it, written in torch; "layer" is the patched model. Peak RSS is the kernel's figure for the process; below it,
 the same less what the process held before the step.
 
-fake: bf16 weights, LoRA r 16 in bf16, 2 x 2,048 tokens, AdamW; "full" has fp32 weights under autocast. GiB above the
-weights, as an ideal allocator would hold them: see `strategies/fake_memory.py`. The published figures to compare with
-(transformers 5.23, PEFT 0.21): 7.10 GiB with full checkpointing and 30.57 without.
+fake: bf16 weights, LoRA r 16 in bf16 ("lora fp32": PEFT's default), 2 x 2,048 tokens, AdamW; "full" has fp32 weights
+under autocast. GiB above the weights, as an ideal allocator would hold them: see `strategies/fake_memory.py`. The
+published figures to compare with (transformers 5.23, PEFT 0.21): 7.10 GiB with full checkpointing and 30.57 without.
 """
 
 from __future__ import annotations
@@ -143,8 +143,8 @@ def fake(layers: int) -> None:
     from trebuchet.strategies.fake_memory import step_memory
 
     print(f"Llama-3-8B shape, {layers} layers, {ROWS} x {TOKENS} tokens, GiB above the weights")
-    print(f"{'':<34}weights  peak  kept by forward  gradients  optimizer   s")
-    for method in ("lora", "qlora", "full"):
+    print(f"{'':<38}weights  peak  kept by forward  gradients  optimizer   s")
+    for method in ("lora", "lora fp32", "qlora", "full"):
         for checkpointed in (True, False):
             for patched in (False, True):
                 start = time.perf_counter()
@@ -152,7 +152,7 @@ def fake(layers: int) -> None:
                     lambda m=method, c=checkpointed, p=patched: shape_8b(m, layers, checkpointed=c, patched=p),
                     lambda net, m=method, p=patched: shape_loss(net, m, patched=p),
                 )
-                name = f"{method:<6}{'checkpointed' if checkpointed else '':<13}{'layer' if patched else 'transformers':<15}"
+                name = f"{method:<10}{'checkpointed' if checkpointed else '':<13}{'layer' if patched else 'transformers':<15}"
                 values = [m.weights_bytes, m.peak_bytes, m.kept_by_forward_bytes, m.gradients_bytes]
                 text = "  ".join(f"{v / GIB:6.2f}" for v in (*values, m.optimizer_state_bytes))
                 print(f"{name}{text}  {time.perf_counter() - start:4.0f}", flush=True)
@@ -176,7 +176,9 @@ def shape_8b(method: str, layers: int, *, checkpointed: bool, patched: bool) -> 
         if method == "qlora":
             fake_nf4(net)
         if method != "full":
-            net = get_peft_model(net, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
+            # PEFT would make the adapters fp32, and with them a copy of each adapted layer's input: "lora fp32".
+            options = {"autocast_adapter_dtype": method == "lora fp32"}
+            net = get_peft_model(net, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"), **options)
     finally:
         torch.set_default_dtype(default)
     if patched:

@@ -183,7 +183,7 @@ def _8b(layers, checkpointed):
         torch.set_default_dtype(torch.bfloat16)
         try:
             net = LlamaForCausalLM(config)
-            net = get_peft_model(net, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+            net = get_peft_model(net, LoraConfig(r=16, target_modules="all-linear"), autocast_adapter_dtype=False)
         finally:
             torch.set_default_dtype(torch.float32)
         patch(net)

@@ -6,7 +6,7 @@ import copy
 import json
 import sys
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -228,6 +228,28 @@ def test_the_report_is_plain_data_and_switching_off_changes_nothing():
     off = patch(net, enable=False)
     assert not off.applied and off.text().startswith("Kernel layer: not applied")
     assert not any("kernel_saved" in vars(m) or "forward" in vars(m) for m in net.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_by_document_errs_no_more_than_under_the_mask(dtype):
+    lengths, module = [[5, 1, 40, 300], [346]], SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    g = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, 346, heads, 16, generator=g).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
+    up = torch.randn(2, 346, 6, 16, generator=g).to(dtype)
+    document = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in lengths])
+    mask = (document[:, :, None] == document[:, None, :]).tril()[:, None]
+
+    def run(attend, dtype, **options):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        out = attend(module, *inputs, **options)[0]
+        out.backward(up.to(dtype))
+        return [out.detach(), *(t.grad for t in inputs)]
+
+    exact = run(sdpa_attention_forward, torch.float64, attention_mask=mask)
+    masked = run(sdpa_attention_forward, dtype, attention_mask=mask)
+    ours = run(patch_documents._attend, dtype, attention_mask=None, document_lengths=lengths)
+    for name, e, m, o in zip(("out", "dq", "dk", "dv"), exact, masked, ours, strict=True):
+        assert (o.double() - e).norm() <= 1.5 * (m.double() - e).norm(), name
 
 
 def test_packed_rows_build_no_mask_unless_a_window_is_shorter(monkeypatch):
