@@ -65,6 +65,11 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def reserve(self) -> Path:
+        """A little space, given up when an attempt fails, so that a full disk does not swallow the reason."""
+        return self.root / ".reserve"
+
+    @property
     def outcome(self) -> Path:
         """What the ranks say of how they ended: the first cause, for whoever closes the record."""
         return self.logs / "outcome.json"

@@ -8,9 +8,11 @@ run.json and in one paragraph on rank 0; a traceback goes to the rank's log.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
+import shutil
 import sys
 import traceback
 import warnings
@@ -50,6 +52,7 @@ def main(run: str) -> int:
         code, error = problem.exit_code, str(problem)
         node = getattr(problem, "node", None)
     except Exception as problem:  # the last line of defence: every failure must reach the record
+        make_room(folder)
         traceback.print_exc(file=tee.file)
         code, error = 1, f"{describe(problem)} The traceback is in {folder.log(rank)}."
     if error is not None:  # on the screen only the cause, not its echo on other ranks
@@ -144,11 +147,19 @@ def describe(problem: BaseException) -> str:
     text = str(problem).strip().splitlines()[0] if str(problem).strip() else ""
     if "out of memory" in text.lower() or "can't allocate memory" in text or isinstance(problem, MemoryError):
         return f"out of memory: {text}. Lower optimization.micro_batch or data.max_length, or choose lora or qlora."
-    if isinstance(problem, OSError) and problem.errno == 28:
-        return f"no space left on the device that holds {problem.filename or 'the run folder'}; free some and `trebuchet resume`."
+    if (isinstance(problem, OSError) and problem.errno == errno.ENOSPC) or "No space left on device" in text:
+        where = getattr(problem, "filename", None) or "the run folder"
+        return f"no space left on the device that holds {where}; free some and `trebuchet resume`."
     if "Connection reset by peer" in text or "Connection closed by peer" in text:
         return "another rank ended in the middle of a step, and this one waited for it; its log has the cause, if it had time to say."
     return f"{type(problem).__name__}: {text.rstrip('.')}."
+
+
+def make_room(folder: RunFolder) -> None:
+    """What a failed attempt has no use for, given up first: on a full disk not even the reason could be written."""
+    for path in folder.checkpoints.glob(".step-*.writing"):
+        shutil.rmtree(path, ignore_errors=True)
+    folder.reserve.unlink(missing_ok=True)
 
 
 def write_outcome(folder: RunFolder, outcome: dict[str, Any]) -> None:

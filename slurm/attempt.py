@@ -25,6 +25,8 @@ from ..launcher.run_folder import RunFolder
 from . import classify, sbatch
 from .scheduler import site_of
 
+RESERVE_BYTES = 256 * 1024
+
 
 def begin(folder: RunFolder, facts: classify.Facts) -> int:
     """Closes an attempt that ended without a word, opens this one; checks the data where the login node could not."""
@@ -32,6 +34,7 @@ def begin(folder: RunFolder, facts: classify.Facts) -> int:
     if found["attempts"] and found["attempts"][-1]["ended"] is None:
         close_silent(folder, found["attempts"][-1], facts)
     folder.outcome.unlink(missing_ok=True)
+    folder.reserve.write_bytes(os.urandom(RESERVE_BYTES))  # of bytes that a file system cannot compress away
     plan = read_plan(folder)
     handle = f"slurm://{plan.cluster.name}/{os.environ.get('SLURM_JOB_ID', facts.job)}"
     record.begin_attempt(folder, handle, ranks=0)
@@ -87,6 +90,7 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
     found, plan = record.read(folder), read_plan(folder)
     attempt, history = found["attempts"][-1], found["attempts"][:-1]
     assert plan.chosen is not None
+    folder.reserve.unlink(missing_ok=True)
     outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
     kept = newest_step(folder) > attempt["first_step"]
     verdict = classify.classify(

@@ -35,7 +35,7 @@ HANG = re.compile(
 )
 NODE = re.compile(
     r"\bNCCL\b|\bXid\b|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA-capable device.*busy|"
-    r"connection (closed|reset|refused)|broken pipe|socket|unable to connect|stale file handle|input/output error",
+    r"connection (closed|reset|refused)|broken pipe|socket|unable to connect|another rank ended|stale file handle|input/output error",
     re.IGNORECASE,
 )
 # srun's own account, in the order in which tasks ended: `srun: error: n2: task 1: Killed`.
@@ -151,7 +151,11 @@ def _failure(
     node = first["node"] if first else None
     who = f"rank {first['task']} on {node}: {first['how']}" if first else f"srun ended with {status}"
     echo = f"{error or ''}\n{said}"
-    killed = first is not None and first["how"].startswith(("Killed", "Terminated", "Bus error")) and code != 2
+    killed = (
+        first is not None
+        and first["how"].startswith(("Killed", "Terminated", "Bus error", "Segmentation", "Aborted"))
+        and code != 2
+    )
     down = [n for n in facts.allocated if is_gone(facts.node_states.get(n, ""))]
     if error and HANG.search(error):
         again = not any(a.get("kind") == "hang" for a in history)

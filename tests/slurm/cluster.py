@@ -105,7 +105,9 @@ class SlurmCluster:
         with contextlib.suppress(subprocess.SubprocessError, TimeoutError):
             self.ask("scancel", "--user=root")
             self.ask("scancel", "--full", "--signal=KILL", "--user=root", check=False)
-            wait_for(lambda: not self.ask("squeue", "-h").strip(), 30, "jobs to end")  # or their steps wait for a controller
+            wait_for(
+                lambda: not self.ask("squeue", "-h").strip(), 30, "jobs to end"
+            )  # or their steps wait for a controller
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +225,33 @@ def test_doctor_asks_the_nodes(
     said = capsys.readouterr().out
     assert "2 ranks met (n" in said and "GB/s" in said and "fit to train" in said
     assert not list(tmp_path.glob(".trebuchet-doctor-*"))
+
+
+@pytest.fixture
+def small_disk(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", folder], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_says_so(
+    small_disk: Path, cluster_file: Callable[..., str], tiny_config: Config
+) -> None:
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 50, "evaluation.every": 10**5, "data.eval": 0}
+    run = submit(tiny_config(changes, output=str(small_disk / "run")), cluster_file())
+    wait_for_step(run, 55, attempt=1)
+    with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    finish(run)
+    found = record.read(run)
+    assert (found["state"], len(found["attempts"])) == ("FAILED", 1), said(run)
+    assert "no space left" in found["error"]
+    assert (run.checkpoint(50) / "manifest.json").exists()  # what was saved before stays
