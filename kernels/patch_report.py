@@ -48,6 +48,14 @@ class KernelReport:
         }
         return cls(**{**data, **parts})
 
+    def summary(self) -> str:
+        """One line for the screen; `text` and the run record hold the rest."""
+        if not self.applied:
+            return self.text()
+        ops = sorted({op for fused in self.fused for op in fused.op.replace("(", " ").replace(")", " ").split()})
+        left = sum(skipped.count for skipped in self.skipped)
+        return f"kernel layer ({self.backend}): {', '.join(ops)}; {left} modules not taken (run.json says why)"
+
     def text(self) -> str:
         """One paragraph."""
         if not self.applied:

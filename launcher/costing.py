@@ -183,4 +183,5 @@ def dims(model: ModelSpec) -> ModelDims:
         num_experts=model.num_experts,
         experts_per_token=model.experts_per_token,
         params=model.params,
+        fused_experts=model.expert_params > 0,
     )

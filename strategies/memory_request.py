@@ -34,6 +34,8 @@ SHARDED = ("fsdp1", "fsdp2", "zero3")
 class ModelDims:
     """Dimensions of a decoder-only transformer with a gated MLP, as in a Hugging Face `config.json`.
 
+    `fused_experts`: the experts are three-dimensional tensors, as in transformers 5, which bitsandbytes leaves in 16 bits (seen with
+    Mixtral and Qwen3-MoE, transformers 5.23, bitsandbytes 0.50).
     `params` is the exact total if it is known; otherwise it is counted from the dimensions (two norm vectors a block
     and one at the end; biases where the flags say so).
     """
@@ -51,6 +53,7 @@ class ModelDims:
     attention_bias: bool = False
     mlp_bias: bool = False
     params: int | None = None
+    fused_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:
@@ -93,6 +96,13 @@ class ModelDims:
         size = {name: i * o for name, (i, o) in self.linear_shapes.items()}
         attention = size["q"] + size["k"] + size["v"] + size["o"]
         return attention + self.experts * (size["gate"] + size["up"] + size["down"])
+
+    @cached_property
+    def block_quantized_params(self) -> int:
+        """Those of `block_linear_params` that 4-bit and 8-bit loading really quantizes."""
+        if not self.fused_experts or self.experts == 1:
+            return self.block_linear_params
+        return sum(self.linear_shapes[name][0] * self.linear_shapes[name][1] for name in ("q", "k", "v", "o"))
 
     @cached_property
     def block_other_params(self) -> int:

@@ -121,7 +121,7 @@ def states(r: MemoryRequest) -> States:
     if r.offload != "none":
         host, optimizer, temporary = optimizer, 0, 0
     if r.offload == "params":  # absmax values live in the module and stay (bitsandbytes)
-        stay = int(m.num_layers * m.block_linear_params * base_linear_width(r)[1]) if r.adapters else 0
+        stay = int(m.num_layers * m.block_quantized_params * base_linear_width(r)[1]) if r.adapters else 0
         host += weights - stay + adapter_bytes + gradients
         weights, adapter_bytes, gradients = stay, 0, 0
     root, block = _gathered(r, n)
@@ -152,7 +152,7 @@ def _weights(r: MemoryRequest, n: int) -> int:
         reference = m.total_params * compute_width(r) if r.needs_reference else 0
         return (m.total_params * trainable_width(r) + reference) // n
     cut, whole = base_linear_width(r)
-    linear = m.num_layers * m.block_linear_params
+    linear = m.num_layers * m.block_quantized_params
     other = m.total_params - linear
     litgpt = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
     head = m.head_params if litgpt else 0  # LitGPT's 4-bit plug-in replaces the head too
@@ -190,7 +190,8 @@ def _gathered(r: MemoryRequest, n: int) -> tuple[int, int]:
     if r.parallel == "zero3":
         live = min(m.total_params, C["zero3_max_live_elements"]) + C["zero3_prefetch_elements"]
         return root, int(live * width)
-    return root, int(m.block_linear_params * width) * C[f"{r.parallel}_blocks_gathered"]
+    wide = m.block_linear_params - m.block_quantized_params
+    return root, int(m.block_quantized_params * width + wide * compute_width(r)) * C[f"{r.parallel}_blocks_gathered"]
 
 
 def _buffers(r: MemoryRequest) -> int:

@@ -58,6 +58,8 @@ class Session:
             self.config.optimization.seed,
         )
         self.report(prepared)
+        # Adapters had to start equal on all ranks; dropout masks from here on must not be.
+        torch.manual_seed(self.config.optimization.seed + self.runtime.rank)
         loop = self.loop(prepared)
         done = loop.resume()
         before = self.before(loop, done)
@@ -164,7 +166,9 @@ class Session:
             data=self.data.report.to_dict(),
             parameters={"trainable": prepared.trainable, "total": prepared.total},
         )
-        self.say(found.text() if found else "kernels: off")
+        for line in self.data.report.lines():
+            self.say(line)
+        self.say(found.summary() if found else "kernel layer: off")
         share = prepared.trainable / prepared.total
         self.say(
             f"training {prepared.trainable / 1e6:,.1f} M of {prepared.total / 1e6:,.1f} M parameters ({share:.1%})"
