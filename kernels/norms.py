@@ -25,38 +25,57 @@ from . import dispatch
 # A row is one block of registers. Wider rows go to torch: at 32,768 columns the backward kernels spill (compiled for
 # sm_80 and sm_100), at 16,384 they do not.
 MAX_WIDTH = 16384
+# Elements that the torch path widens to fp32 at a time: 512 KiB a buffer.
+_BLOCK = 1 << 17
 
 
 def rms_forward(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str) -> tuple[Tensor, Tensor]:
     """Torch: y [..., H] and rstd [rows], fp32 inside."""
-    xf = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    rstd = torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + eps)
-    if casting == "llama":
-        xhat = (xf * rstd).to(x.dtype)
-        y = xhat * (weight + offset if offset else weight)
-    else:
-        wide = torch.promote_types(weight.dtype, xf.dtype)
-        y = (xf * rstd * (weight.to(wide) + offset)).to(x.dtype)
-    return y.contiguous(), rstd.reshape(-1)
+    rows, wide = x.reshape(-1, x.shape[-1]), _wide(x)
+    y = rows.new_empty(rows.shape, dtype=out_dtype(x, weight, casting))
+    rstd = rows.new_empty(len(rows), 1, dtype=wide)
+    w = weight + offset if offset else weight
+    for at in _blocks(rows):
+        work = rows[at].to(wide, copy=True)
+        torch.rsqrt(work.pow(2).mean(-1, keepdim=True).add_(eps), out=rstd[at])
+        work.mul_(rstd[at])
+        if casting == "llama":
+            y[at] = work.to(x.dtype) * w
+        else:
+            y[at] = work * (weight.to(wide) + offset)
+    return y.view(x.shape), rstd.view(-1)
 
 
 def rms_backward(
     dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, ds: Tensor | None, offset: float, casting: str, want_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    """Torch: dx in the dtype of x (plus ds, the gradient that reaches x past the norm), dw in the dtype of weight (or
-    empty)."""
-    xf = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    dyf = dy.to(xf.dtype)
-    xhat = xf * rstd.to(xf.dtype).reshape(*x.shape[:-1], 1)
-    g = dyf * (weight.to(xf.dtype) + offset)
-    dx = (g - xhat * (g * xhat).mean(-1, keepdim=True)).mul_(rstd.to(xf.dtype).reshape(*x.shape[:-1], 1))
-    if ds is not None:
-        dx += ds
-    dw = weight.new_empty(0)
-    if want_dw:
-        rounded = xhat.to(x.dtype).to(xf.dtype) if casting == "llama" else xhat
-        dw = (dyf * rounded).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-    return dx.to(x.dtype).contiguous(), dw
+    """Torch: dx in the dtype of x (plus ds, the gradient that reaches x past the norm), dw in the dtype of weight (or empty)."""
+    width, wide = x.shape[-1], _wide(x)
+    rows, grads, column = x.reshape(-1, width), dy.reshape(-1, width), rstd.view(-1, 1)
+    past = None if ds is None else ds.reshape(-1, width)
+    w, dx = weight.to(wide) + offset, rows.new_empty(rows.shape)
+    dw = weight.new_zeros(width if want_dw else 0, dtype=wide)
+    for at in _blocks(rows):
+        xhat = rows[at].to(wide, copy=True).mul_(column[at])
+        g = grads[at].to(wide, copy=True)
+        if want_dw:
+            dw += (g * (xhat.to(x.dtype) if casting == "llama" else xhat)).sum(0)
+        g.mul_(w)
+        g.addcmul_(xhat, (g * xhat).mean(-1, keepdim=True), value=-1.0).mul_(column[at])
+        if past is not None:
+            g += past[at]
+        dx[at] = g
+    return dx.view(x.shape), dw.to(weight.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    """A few rows at a time, so that the fp32 copies stay in the cache."""
+    step = max(1, _BLOCK // max(rows.shape[1], 1))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
 
 
 def layer_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
