@@ -273,15 +273,16 @@ def reconcile(folders: Sequence[RunFolder]) -> None:
                     folder,
                     "the launcher and its ranks ended without closing the record: killed, or the machine went down",
                 )
-        elif (
-            found["state"] == JobState.PENDING
-            and found["submitted"]
+            continue
+        waiting = found["state"] == JobState.PENDING and found["submitted"]
+        # Between submitting and the first attempt; what has begun by now says so itself.
+        if (
+            waiting
             and not alive(found["submitted"], found["created"])
+            and record.read(folder)["state"] == JobState.PENDING
         ):
-            # Between submitting and the first attempt; what has begun by now says so itself.
-            if record.read(folder)["state"] == JobState.PENDING:
-                why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
-                record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
+            why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
+            record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
 
 
 def main(run: str) -> int:

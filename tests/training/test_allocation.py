@@ -27,7 +27,11 @@ def test_a_good_allocation_has_no_problems() -> None:
         (7, {"versions": {"torch": "2.12.0", "nccl": "2.28"}}, "n4: torch 2.12.0, and 2.13.0 elsewhere"),
         (6, {"versions": {"torch": "2.13.0"}}, "n4: nccl none, and 2.28 elsewhere"),
         (3, {"clock": 1400.0}, "n2 (rank 3): its clock is +400 s off"),
-        (0, {"folder": "cannot be written to: Read-only file system"}, "n1 (rank 0): the run folder: cannot be written to"),
+        (
+            0,
+            {"folder": "cannot be written to: Read-only file system"},
+            "n1 (rank 0): the run folder: cannot be written to",
+        ),
         (2, {"free_bytes": 2**30}, "n2: 1.0 GiB free where the run folder is, 512.0 needed"),
         (4, {"model": "no such file"}, "n3 (rank 4): the model: no such file"),
     ],
