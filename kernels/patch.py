@@ -229,7 +229,8 @@ def _heads(model: AnyModule) -> tuple[list[nn.Module], str | None]:
 def _patch_attention_choice(model: AnyModule) -> str:
     chosen = model.config._attn_implementation
     device = next(model.parameters()).device.type
-    if chosen != "sdpa" or device not in ("cpu", "meta"):
+    known = isinstance(pattern(model), CausalLM)  # an unknown model may want masks of its own
+    if chosen not in ("sdpa", patch_documents.NAME) or device not in ("cpu", "meta") or not known:
         return f"{chosen}, transformers' own"
     patch_documents.register()
     _install(model, kernel_attention_before=chosen)

@@ -71,7 +71,8 @@ def unmasked(longest: int) -> Iterator[None]:
 
 def _mask(*, local_size: int | None = None, **kwargs) -> Tensor | None:
     longest = None if torch.compiler.is_compiling() else getattr(_state, "longest", None)
-    if longest is not None and (local_size is None or local_size >= longest):
+    causal = not kwargs.get("use_vmap") and not kwargs.get("allow_is_bidirectional_skip")  # and nothing added to it
+    if longest is not None and causal and (local_size is None or local_size >= longest):
         return None
     return sdpa_mask(local_size=local_size, **kwargs)
 
@@ -81,7 +82,8 @@ def _attend(
     scaling: float | None = None, document_lengths: Sequence[Sequence[int]] | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """query [B, heads, T, D], key and value [B, kv heads, T, D] -> [B, T, heads, D]."""
-    if document_lengths is None or attention_mask is not None or key.shape[2] != query.shape[2]:
+    causal = getattr(module, "is_causal", True) and key.shape[2] == query.shape[2]
+    if document_lengths is None or attention_mask is not None or not causal:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
