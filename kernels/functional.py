@@ -23,6 +23,7 @@ from . import loss as _loss
 from . import nf4 as _nf4
 from . import norms as _norms
 from . import rope as _rope
+from .checks import as_linear, check_norm, describe, too_wide
 from .dispatch import KernelUnavailable, calls, choose, force_backend, reset_calls
 from .launch_table import launch_table_hash, token_chunk
 from .lora import LoraLinear
@@ -71,8 +72,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast
     of both dtypes), "gemma" multiplies in fp32 and rounds once (result: dtype of x; Gemma's weight also has offset
     1).
     """
-    _check_norm("rms_norm", x, weight, casting)
-    backend = choose("rms_norm", x, weight, limit=_too_wide(x))
+    check_norm("rms_norm", x, weight, casting)
+    backend = choose("rms_norm", x, weight, limit=too_wide(x))
     return _norms.rms_norm(x, weight, eps, offset, casting, backend)[0]
 
 
@@ -84,18 +85,18 @@ def add_rms_norm(
 
     x and residual [..., H] of one dtype and shape. The two gradients are equal and share one tensor.
     """
-    _check_norm("add_rms_norm", x, weight, casting)
+    check_norm("add_rms_norm", x, weight, casting)
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"add_rms_norm: residual {_is(residual)} must be like x {_is(x)}")
-    backend = choose("add_rms_norm", x, residual, weight, limit=_too_wide(x))
+        raise ValueError(f"add_rms_norm: residual {describe(residual)} must be like x {describe(x)}")
+    backend = choose("add_rms_norm", x, residual, weight, limit=too_wide(x))
     return _norms.add_rms_norm(x, residual, weight, eps, offset, casting, backend)[:2]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """torch.nn.functional.layer_norm over the last dimension, fp32 inside. x [..., H], weight and bias [H]; dtype of
     x."""
-    _check_norm("layer_norm", x, weight, "llama")
-    backend = choose("layer_norm", x, weight, bias, limit=_too_wide(x))
+    check_norm("layer_norm", x, weight, "llama")
+    backend = choose("layer_norm", x, weight, bias, limit=too_wide(x))
     return _norms.layer_norm(x, weight, bias, eps, backend)[0]
 
 
@@ -107,14 +108,14 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | Non
     first is read.
     """
     if q.dim() != 4 or k.dim() != 4 or q.shape[::2] != k.shape[::2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"rope: q {_is(q)} and k {_is(k)} must be [B, heads, T, D] with the same B, T and D")
+        raise ValueError(f"rope: q {describe(q)} and k {describe(k)} must be [B, heads, T, D] with the same B, T and D")
     wanted = 3 if positions is None else 2
     if cos.dim() != wanted or cos.shape != sin.shape or cos.shape[-1] > q.shape[-1] or cos.shape[-1] % 2:
         raise ValueError(
-            f"rope: cos {_is(cos)} and sin {_is(sin)} must be {wanted}-dimensional, even and at most {q.shape[-1]} wide"
+            f"rope: cos {describe(cos)} and sin {describe(sin)} must be {wanted}-dimensional, even and at most {q.shape[-1]} wide"
         )
     if positions is None and (cos.shape[1] != q.shape[2] or cos.shape[0] not in (1, q.shape[0])):
-        raise ValueError(f"rope: cos {_is(cos)} does not fit {q.shape[0]} x {q.shape[2]} tokens")
+        raise ValueError(f"rope: cos {describe(cos)} does not fit {q.shape[0]} x {q.shape[2]} tokens")
     backend = choose("rope", q, k, cos)
     return _rope.rope(q, k, cos, sin, positions, False, backend)
 
@@ -155,9 +156,9 @@ def token_loss(
     """
     if hidden.shape[:-1] != labels.shape or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"token_loss: hidden {_is(hidden)}, weight {_is(weight)} and labels {_is(labels)} do not fit together"
+            f"token_loss: hidden {describe(hidden)}, weight {describe(weight)} and labels {describe(labels)} do not fit together"
         )
-    hidden, weight, bias = _as_linear(hidden, weight, bias)
+    hidden, weight, bias = as_linear(hidden, weight, bias)
     backend = choose("token_loss", hidden, weight)
     train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     learning = torch.is_grad_enabled()
@@ -185,7 +186,7 @@ def cross_entropy(
     The reduction is the caller's: both results carry any upstream gradient, and the gradient is written once.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"cross_entropy: logits {_is(logits)} and labels {_is(labels)} do not fit together")
+        raise ValueError(f"cross_entropy: logits {describe(logits)} and labels {describe(labels)} do not fit together")
     backend = choose("cross_entropy", logits)
     flat = logits.reshape(-1, logits.shape[-1])
     loss, lse = _cross_entropy.cross_entropy(flat, labels.reshape(-1), ignore_index, softcap, logit_scale, backend)
@@ -247,7 +248,7 @@ def lora_mlp(x: Tensor, gate: LoraLinear, up: LoraLinear, down: LoraLinear, *, a
         raise ValueError(f"lora_mlp: activation is {activation!r}; it must be one of {', '.join(_glu.ACTIVATIONS)}")
     if any(p.x_lora is not None for p in (gate, up, down)):
         raise ValueError("lora_mlp: x_lora is not supported; with adapter dropout call lora_linear three times")
-    x = _as_linear(x)[0]
+    x = as_linear(x)[0]
     tensors, spec, scalings = _lora.pack((gate, up, down))
     backend = choose("lora_mlp", x)
     flat = x.reshape(-1, x.shape[-1])
@@ -275,14 +276,11 @@ def adamw8bit_step(
     )  # fmt: skip
 
 
-# --- helpers ----------------------------------------------------------------------------------------------------------
-
-
 def _project(x: Tensor, projections) -> tuple[Tensor, ...]:
-    x = _as_linear(x)[0]
+    x = as_linear(x)[0]
     for p in projections:
         if p.weight.shape[1] != x.shape[-1]:
-            raise ValueError(f"lora: a weight of shape {tuple(p.weight.shape)} does not fit x {_is(x)}")
+            raise ValueError(f"lora: a weight of shape {tuple(p.weight.shape)} does not fit x {describe(x)}")
     tensors, spec, scalings = _lora.pack([_flat_input(p, x) for p in projections])
     flat = x.reshape(-1, x.shape[-1])
     outputs = _lora.lora_project(flat, tensors, spec, scalings, choose("lora_project", x))
@@ -296,33 +294,7 @@ def _flat_input(p: LoraLinear, x: Tensor) -> LoraLinear:
     return LoraLinear(weight=p.weight, A=p.A, B=p.B, scaling=p.scaling, bias=p.bias, x_lora=given)
 
 
-def _as_linear(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None):
-    """The inputs in the dtype in which torch.nn.Linear would multiply them."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = x.dtype if weight is None else weight.dtype
-    return tuple(None if t is None else t.to(dtype) for t in (x, weight, bias))
-
-
 def _gated(op: str, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"{op}: gate {_is(gate)} and up {_is(up)} must have one shape and dtype")
+        raise ValueError(f"{op}: gate {describe(gate)} and up {describe(up)} must have one shape and dtype")
     return _glu.glu(gate, up, activation, choose(op, gate))
-
-
-def _check_norm(op: str, x: Tensor, weight: Tensor, casting: str) -> None:
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: weight {_is(weight)} must be as wide as x {_is(x)}")
-    if casting not in ("llama", "gemma"):
-        raise ValueError(f"{op}: casting is {casting!r}; it must be 'llama' or 'gemma'")
-
-
-def _too_wide(x: Tensor) -> str | None:
-    limit = _norms.MAX_WIDTH
-    return f"rows of {x.shape[-1]} exceed the {limit} that one block holds" if x.shape[-1] > limit else None
-
-
-def _is(t: Tensor) -> str:
-    return f"{list(t.shape)} {str(t.dtype).removeprefix('torch.')}"

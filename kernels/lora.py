@@ -218,6 +218,8 @@ def _mlp_grad(ctx, grads):
     out: list[Tensor | None] = [None] * ctx.count
     with torch.autocast(x.device.type, enabled=False):
         dy = grads[0]
+        if dy is None:
+            return None, out, None, None, None, None
         t = down.adapter_grad(dy)
         dh = down.input_grad(dy, t, None, ctx.backend)
         want_h = any(needs[down.slot[n]] for n in ("A", "W") if n in down.slot)

@@ -99,6 +99,21 @@ def test_mlp(activation: str, backend: str) -> None:
     same_gradients(expected, result, [x, *leaves_of(gate, up, down)])
 
 
+def test_gradients_numerically() -> None:
+    """By finite differences, undefined upstream gradients included."""
+    torch.manual_seed(0)
+    gate, up, down = layer(4, 3, trained=True), layer(4, 3), layer(3, 4, bias=True)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+
+    def mlp(x: Tensor, *_leaves: Tensor) -> Tensor:
+        return K.lora_mlp(x, ours(gate, 0.5), ours(up, 2.0), ours(down, 0.25))
+
+    assert torch.autograd.gradcheck(mlp, (x, *leaves_of(gate, up, down)))
+    assert torch.autograd.gradcheck(
+        lambda x, *_: K.lora_qkv(x, ours(gate, 0.5), ours(up, 2.0)), (x, *leaves_of(gate, up))
+    )
+
+
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_nf4_base(nested: bool) -> None:
     """The same as on the dequantized weight, bit for bit; the weight is dequantized once in each pass and never
