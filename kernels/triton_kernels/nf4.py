@@ -29,6 +29,7 @@ def _dequantize(
     offset_ptr,  # [1] fp32
     out_ptr,  # [numel]
     numel,
+    packed_bytes,
     blocks,
     NESTED: tl.constexpr,
     BLOCK2: tl.constexpr,
@@ -44,7 +45,7 @@ def _dequantize(
     else:
         scale = tl.load(absmax_ptr + block, mask=block < blocks, other=0.0)
     byte = block * HALF + tl.arange(0, HALF)[None, :]
-    packed = tl.load(packed_ptr + byte, mask=byte * 2 < numel, other=0)
+    packed = tl.load(packed_ptr + byte, mask=byte < packed_bytes, other=0)
     pair = tl.load(pairs_ptr + packed.to(tl.int32))
     high = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True) * scale
     low = pair.to(tl.int32).to(tl.float32, bitcast=True) * scale
@@ -74,7 +75,8 @@ def dequantize(
     nested = absmax2 is not None
     start(
         _dequantize, triton.cdiv(out.numel(), rows * blocksize), packed.contiguous(), absmax.contiguous(),
-        _pair_table(code), *((code2, absmax2, offset) if nested else (code, code, code)), out, out.numel(), len(absmax),
+        _pair_table(code), *((code2, absmax2, offset) if nested else (code, code, code)), out, out.numel(), packed.numel(),
+        len(absmax),
         NESTED=nested, BLOCK2=blocksize2, HALF=half, ROWS=rows, warps=settings["warps"], enable_fp_fusion=False,
     )  # fmt: skip
     return out
