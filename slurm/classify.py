@@ -31,7 +31,7 @@ Kind = Literal[
 OOM = re.compile(r"out of memory", re.I)
 HOST_OOM = re.compile(r"oom[-_]kill|Out Of Memory", re.I)
 HANG = re.compile(
-    r"watchdog caught collective operation timeout|timed out waiting|wait timeout|collective.* timed out", re.I
+    r"^hang:|watchdog caught collective operation timeout|timed out waiting|wait timeout|collective.* timed out", re.I
 )
 NODE = re.compile(
     r"\bNCCL\b|\bXid\b|uncorrectable ECC|fallen off the bus|no CUDA-capable device|CUDA-capable device.*busy|"
@@ -159,7 +159,7 @@ def _failure(
     down = [n for n in facts.allocated if is_gone(facts.node_states.get(n, ""))]
     if error and HANG.search(error):
         again = not any(a.get("kind") == "hang" for a in history)
-        reason = f"the ranks waited for one that did not come ({who}): {error}"
+        reason = error if error.startswith("hang:") else f"the ranks waited for one that did not come ({who}): {error}"
         return Verdict(
             kind="hang", state=JobState.FAILED, action="requeue" if again else "exit", reason=reason, exit_code=1
         )

@@ -22,6 +22,7 @@ from .evaluate import HeldOut, held_out_loss
 from .progress import Progress
 from .runtime import Runtime
 from .step import Stepper
+from .watchdog import Watchdog
 
 # Rows are as wide as a multiple of this: few distinct sizes keep an allocator from filling up with holes of almost the right size
 # (resident memory of the demo grew from 3.0 to 5.6 GiB in 24 steps without it), and matrix products like round ones.
@@ -70,6 +71,8 @@ class Loop:
             record.update(self.runtime.folder, step=first, steps=steps, attempt={"first_step": first})
         progress = Progress(self.runtime, steps, first)
         saved = first
+        watchdog = Watchdog(self.runtime.folder, self.runtime.rank, self.runtime.world)
+        watchdog.start(first)
         try:
             if self.runtime.stopping():  # asked while the model was loaded: there is nothing to save yet
                 progress.say(f"stopped before step {first + 1}/{steps}")
@@ -77,19 +80,23 @@ class Loop:
             for step in range(first, steps):
                 self.train_step(step, progress)
                 done = step + 1
+                watchdog.beat(done)
                 if self.runtime.main:
                     record.update(self.runtime.folder, step=done, steps=steps)
                 if done in evaluate_at and self.held_out is not None:
                     self.evaluate(done, progress)
+                    watchdog.beat(done)
                 stopping = self.runtime.stopping()
                 if done in save_at or stopping or done == steps:
                     self.save(done)
                     saved = done
+                    watchdog.beat(done)
                 if stopping and done < steps:
                     progress.say(f"stopped after step {saved}/{steps}; the checkpoint is saved")
                     return False
             return True
         finally:
+            watchdog.stop()
             progress.close()
 
     def train_step(self, step: int, progress: Progress) -> None:

@@ -66,6 +66,7 @@ def test_facts_are_read() -> None:
         (ask(None, 137, KILLED, known=facts(n4="drain")), "node", "avoid"),  # n1 and n3 are enough
         (ask(None, 137, KILLED, known=facts(excluded="n3", n4="drain")), "node", "requeue"),  # no node to spare
         (ask((1, "RuntimeError: Timed out waiting 600000ms for recv"), 1, FAILED), "hang", "requeue"),
+        (ask((1, "hang: no step for 1800 s after step 7. Rank 3 on n2 is …"), 1, FAILED), "hang", "requeue"),
         (ask((2, "row 3 of train.jsonl has no messages"), 2, FAILED), "input", "exit"),
         (ask((1, "ValueError: shapes differ"), 1, FAILED), "program", "exit"),
         (ask((1, "no space left on the device that holds /runs/x"), 1, FAILED), "program", "exit"),

@@ -19,6 +19,7 @@ from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import RunFolder, open_run
 
 from .cluster import SlurmCluster, wait_for
+from .conftest import HERE
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
@@ -137,6 +138,26 @@ def test_time_limit_cancel_and_resume(
     slurm.ask("scancel", again.handle.rpartition("/")[2])
     slurm.wait_state(again.handle.rpartition("/")[2], "CANCELLED")
     assert api.current_state(run) == JobState.CANCELLED
+
+
+def test_a_rank_that_hangs_is_named_and_the_job_goes_on_once(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 10, "evaluation.every": 10**5, "data.eval": 0}
+    cluster = cluster_file(environment={**HERE, "TREBUCHET_HANG_S": "5"})
+    ranks = {"name": cluster, "processes": 2}
+    run = submit(tiny_config(changes, output=str(tmp_path / "run"), cluster=ranks), cluster)
+    wait_for_step(run, 12, attempt=1)
+    rank_process(run, 1).suspend()
+    wait_for_step(run, 0, attempt=2)
+    first, second = record.read(run)["attempts"]
+    assert first["kind"] == "hang" and "Without a word: rank 1" in first["reason"], said(run)
+    assert second["first_step"] >= first["last_step"] - 10
+    slurm.ask("scancel", run_job(run))
+
+
+def run_job(run: RunFolder) -> str:
+    return str(record.read(run)["submitted"]).rpartition("/")[2]
 
 
 def test_hostile_folder_from_a_login_node_without_torch(

@@ -1,0 +1,111 @@
+"""A run in which no step ends any more: each rank says where it is, the one that the others wait for is named, all end.
+
+Without it ranks wait for each other until the process group's own time-out, half an hour or never, and then every one of them
+reports the same. A thread of each rank looks at the time of its last step; it needs no collective, because those are what hangs.
+Left out: what happens before the first step and after the last, and what the scheduler does next (slurm/classify.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..launcher.record import write_atomically
+from ..launcher.run_folder import RunFolder
+
+# Longer than any step, evaluation or save should take; TREBUCHET_HANG_S changes it, 0 switches the watch off.
+LIMIT_S = 1800.0
+GATHER_S = 5.0  # what ranks wait for each other's words, which they write within a poll of each other
+# Where a rank's stack ends when it waits for others, or for the GPU that waits for them.
+WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/", "training/runtime.py")
+
+
+class Watchdog:
+    """Watches from `start` to `stop`; `beat` after everything that may take long."""
+
+    def __init__(self, folder: RunFolder, rank: int, world: int, *, end: Callable[[int], Any] = os._exit):
+        self.folder, self.rank, self.world, self.end = folder, rank, world, end
+        self.limit_s = float(os.environ.get("TREBUCHET_HANG_S") or LIMIT_S)
+        self.step, self.at = 0, time.monotonic()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.watched = threading.main_thread().ident
+
+    def start(self, step: int) -> None:
+        words_of(self.folder, self.rank).unlink(missing_ok=True)
+        self.beat(step)
+        if self.limit_s > 0:
+            self.thread.start()
+
+    def beat(self, step: int) -> None:
+        self.step, self.at = step, time.monotonic()
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        while not self.stopped.wait(min(1.0, self.limit_s / 4)):
+            if time.monotonic() - self.at > self.limit_s:
+                self._report()
+                return
+
+    def _report(self) -> None:
+        stack = traceback.extract_stack(sys._current_frames()[self.watched])  # type: ignore[index]
+        print(
+            f"no step for {self.limit_s:g} s; this rank is at:",
+            *traceback.format_list(stack),
+            sep="\n",
+            file=sys.stderr,
+        )
+        ours = next((f for f in reversed(stack) if "trebuchet" in f.filename or "training/" in f.filename), stack[-1])
+        words = {
+            "rank": self.rank,
+            "node": os.environ.get("SLURMD_NODENAME") or platform.node(),
+            "step": self.step,
+            "waiting": any(part in stack[-1].filename for part in WAITING),
+            "where": f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}",
+        }
+        write_atomically(words_of(self.folder, self.rank), json.dumps(words))
+        self.stopped.wait(GATHER_S)
+        found = [json.loads(path.read_text()) for path in sorted(self.folder.logs.glob("hang-*.json"))]
+        blamed = blame(found, self.world)
+        if not self.folder.outcome.exists():
+            error = f"hang: no step for {self.limit_s:g} s after step {self.step}. {blamed['sentence']}"
+            outcome = {"exit_code": 1, "error": error, "rank": blamed["rank"], "node": blamed["node"]}
+            write_atomically(self.folder.outcome, json.dumps(outcome))
+        self.end(1)
+
+
+def blame(found: Sequence[dict[str, Any]], world: int) -> dict[str, Any]:
+    """The rank that the others wait for: one without a word, else one that is not waiting, else the one furthest behind."""
+    silent = sorted(set(range(world)) - {words["rank"] for words in found})
+    if silent:
+        names = ", ".join(map(str, silent))
+        return {
+            "rank": silent[0],
+            "node": None,
+            "sentence": f"Without a word: rank {names}; stopped, or stuck outside of Python.",
+        }
+    busy = [words for words in found if not words["waiting"]]
+    behind = [words for words in found if words["step"] < max(other["step"] for other in found)]
+    for one in [*busy, *behind][:1]:
+        what = "is not waiting for others, but" if one in busy else "is behind: it"
+        sentence = f"Rank {one['rank']} on {one['node']} {what} is at {one['where']}, step {one['step']}."
+        return {"rank": one["rank"], "node": one["node"], "sentence": sentence}
+    return {
+        "rank": 0,
+        "node": None,
+        "sentence": "All ranks wait for each other; look at the network between the nodes.",
+    }
+
+
+def words_of(folder: RunFolder, rank: int) -> Path:
+    return folder.logs / f"hang-{rank}.json"
