@@ -52,9 +52,8 @@ def main() -> None:
                 )
     speed = {side: statistics.median(r["tokens_per_s"] for r in results) for side, results in found.items()}
     memory = {side: max(r["rss_gib"] for r in results) for side, results in found.items()}
-    print(
-        f"median     trebuchet / trl  {speed['trebuchet'] / speed['trl']:.2f} x tokens/s, {memory['trebuchet'] / memory['trl']:.2f} x peak RSS"
-    )
+    faster, larger = (values["trebuchet"] / values["trl"] for values in (speed, memory))
+    print(f"median     trebuchet / trl  {faster:.2f} x tokens/s, {larger:.2f} x peak RSS")
 
 
 def rows(folder: Path) -> None:
