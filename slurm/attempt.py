@@ -12,6 +12,7 @@ out: the rules (classify.py).
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
         facts,
         history,
         asked_to_stop=folder.stop.exists(),
-        warning_s=warning_s,
+        warning_s=max(warning_s, math.ceil(attempt.get("lead_s", 0))),
         restarts=site_of(plan).restarts,
         micro_batch=plan.chosen.micro_batch,
         kept=kept,

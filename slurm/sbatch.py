@@ -35,6 +35,11 @@ task='
 """
 
 MEETING = """\
+# The ranks know when their time ends (Slurm says so itself since 23.02) and save before, however long a step takes by then.
+end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' EndTime=[^ ]*')
+SLURM_JOB_END_TIME=$(date --date="${end#*=}" +%s 2>/dev/null)
+export SLURM_JOB_END_TIME
+
 # The ranks meet on the first node, by the address Slurm knows it by, at a port that follows from the job id.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" --oneliner | grep -o ' NodeAddr=[^ ]*')

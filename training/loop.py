@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..launcher import record
@@ -42,6 +42,8 @@ class Loop:
     evaluation: Evaluation
     checkpointing: Checkpointing
     identity: dict[str, Any]  # what a checkpoint must match to be resumed from: data fingerprint, batch, seed
+    step_s: float = field(default=0.0, init=False)  # the longest step of this attempt
+    save_s: float = field(default=0.0, init=False)  # the last save of this attempt
 
     def resume(self) -> int:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
@@ -86,12 +88,14 @@ class Loop:
                 if done in evaluate_at and self.held_out is not None:
                     self.evaluate(done, progress)
                     watchdog.beat(done)
-                stopping = self.runtime.stopping()
+                stopping = self.runtime.stopping(self.lead_s())
                 if done in save_at or stopping or done == steps:
                     self.save(done)
                     saved = done
                     watchdog.beat(done)
                 if stopping and done < steps:
+                    if self.runtime.main:
+                        record.update(self.runtime.folder, attempt={"lead_s": round(self.lead_s(), 1)})
                     progress.say(f"stopped after step {saved}/{steps}; the checkpoint is saved")
                     return False
             return True
@@ -104,6 +108,7 @@ class Loop:
         micro = share(self.order.batch(step), self.runtime.rank, self.runtime.world, self.micro_batch)
         result = self.stepper.step([self.batch(rows) for rows in micro])
         seconds = time.perf_counter() - began
+        self.step_s = max(self.step_s, seconds)
         values = {**asdict(result), "epoch": round(self.order.epoch(step + 1), 4)}
         values["lr"] = values.pop("learning_rate")
         progress.step(step + 1, values, seconds)
@@ -128,8 +133,13 @@ class Loop:
         began = time.perf_counter()
         checkpoint.save(self.runtime.folder, done, parts, rank=self.runtime.rank, barrier=self.runtime.barrier)
         if self.runtime.main:
-            record.update(self.runtime.folder, save_s=round(time.perf_counter() - began, 3))  # sizes a job's warning
+            self.save_s = time.perf_counter() - began
+            record.update(self.runtime.folder, save_s=round(self.save_s, 3))  # sizes the warning of the next job
             checkpoint.prune(self.runtime.folder, self.checkpointing.keep)
+
+    def lead_s(self) -> float:
+        """Seconds before the end of the job's time at which to save: a step and a save, with room for slower ones."""
+        return 2 * self.step_s + 3 * self.save_s
 
     def say(self, text: str) -> None:
         if self.runtime.main:

@@ -6,6 +6,7 @@ Left out: sharding. accelerate gives the process group and the device and nothin
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,10 +56,18 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    def stopping(self) -> bool:
-        """Whether any rank was asked to stop, by signal or by the file RUN/stop; every rank gets the same answer."""
-        wish = stopping.wished() is not None or (self.main and self.folder.stop.exists())
+    def stopping(self, lead_s: float = 0.0) -> bool:
+        """Whether any rank was asked to stop, by signal or by the file RUN/stop, or the job's time ends within `lead_s`; every
+        rank gets the same answer."""
+        wish = stopping.wished() is not None or (self.main and (self.folder.stop.exists() or time_ends(lead_s)))
         return self.total(float(wish))[0] > 0
+
+
+def time_ends(lead_s: float) -> bool:
+    """Whether less than `lead_s` is left of the job's time limit. The scheduler's own warning has a lead that was fixed before a
+    step or a save was measured."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return end.isdigit() and time.time() > int(end) - lead_s
 
 
 def tune_cpu() -> None:

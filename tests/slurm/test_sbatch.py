@@ -90,7 +90,7 @@ def test_names_reach_the_rank_as_they_are(name: str) -> None:
     folder = "/nonexistent/" + name
     text = render(spec(folder, environment={"MINE": name}), build_site({"environment": {"SITE": name}}, "test"), PYTHON)
     lines = (
-        text.split("\n# The ranks meet")[0].replace('cd "$run" || exit 1', "").replace("exec >>logs/slurm.log 2>&1", "")
+        text.split("\n# The ranks know")[0].replace('cd "$run" || exit 1', "").replace("exec >>logs/slurm.log 2>&1", "")
     )
     script = lines + '\nprintf "%s\\0" "$run" "$MINE" "$SITE"\n'
     done = subprocess.run(["bash"], input=script.encode(), capture_output=True)

@@ -28,6 +28,11 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT=1
 export TORCH_NCCL_TRACE_BUFFER_SIZE=2000
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$run/logs/nccl-trace-"
 
+# The ranks know when their time ends (Slurm says so itself since 23.02) and save before, however long a step takes by then.
+end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' EndTime=[^ ]*')
+SLURM_JOB_END_TIME=$(date --date="${end#*=}" +%s 2>/dev/null)
+export SLURM_JOB_END_TIME
+
 # The ranks meet on the first node, by the address Slurm knows it by, at a port that follows from the job id.
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_ADDR=$(scontrol show node "$first" --oneliner | grep -o ' NodeAddr=[^ ]*')
