@@ -33,7 +33,7 @@ def export(
     net: Any = model
     if plan.chosen.method == "full":
         dtype = DTYPES[plan.model.dtype]
-        state = {name: tensor.detach().to(dtype) for name, tensor in net.state_dict().items()}
+        state = cast(net, dtype)
         net.config.use_cache = True  # switched off for training only
         net.config.dtype = dtype
         net.save_pretrained(beside, state_dict=state, safe_serialization=True)
@@ -45,7 +45,23 @@ def export(
     tokenizer.save_pretrained(beside)
     for licence in sorted(base.glob("LICENSE*")):
         shutil.copy(licence, beside / licence.name)
+    for file in beside.iterdir():  # safetensors writes for the owner alone; a model is for whoever may see the run
+        file.chmod(0o666 & ~umask())
     if folder.model.exists():
         shutil.rmtree(folder.model)
     os.replace(beside, folder.model)
     return folder.model
+
+
+def cast(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The state dict in `dtype`, with tensors that share their memory still sharing it: a tied head cast on its own would be saved
+    a second time."""
+    seen: dict[int, torch.Tensor] = {}
+    return {name: seen.setdefault(t.data_ptr(), t.detach().to(dtype)) for name, t in net.state_dict().items()}
+
+
+def umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    now = os.umask(0o022)
+    os.umask(now)
+    return now
