@@ -53,8 +53,9 @@ def ops(dtype: torch.dtype, rows: int = ROWS) -> dict[str, Op]:
 
     def their_cross_entropy() -> None:
         # Summed and divided by the number of tokens afterwards, as Hugging Face training does.
-        their_ce.cross_entropy_forward(z, labels, None, -100, 0.0, 0.0, "sum", None, False)
-        their_ce.cross_entropy_backward(z, torch.tensor(1.0 / ce_rows))
+        logits = z.detach().requires_grad_()  # without this it computes no gradient
+        their_ce.cross_entropy_forward(logits, labels, None, -100, 0.0, 0.0, "sum", None, False)
+        their_ce.cross_entropy_backward(logits, torch.tensor(1.0 / ce_rows))
 
     def their_rope_forward() -> None:
         their_rope.rope_forward(q.clone().transpose(1, 2), k.clone().transpose(1, 2), angles, angles)
