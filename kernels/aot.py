@@ -66,7 +66,7 @@ def compile_launch(launch: Any, target: str) -> Any:
     """The compiled kernel (triton's CompiledKernel, not loaded) of one recorded launch for one target."""
     from triton.runtime.driver import driver
 
-    driver.set_active(_Target(target))  # type: ignore[arg-type]
+    driver.set_active(_Target(target))
     return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.options)
 
 

@@ -110,10 +110,12 @@ class _Unpacked:
                 continue
             if name == "A":
                 x_lora = self.get("x_lora")
+                assert t is not None  # no A without B
                 grad = torch.mm(t.t(), x if x_lora is None else x_lora)
             elif name == "B":
                 grad = torch.mm(dy.t(), xa).mul_(self.scaling)
             elif name == "x_lora":
+                assert t is not None
                 grad = torch.mm(t, self.tensors[self.slot["A"]].to(dy.dtype))
             elif name == "W":
                 grad = torch.mm(dy.t(), x)

@@ -32,7 +32,7 @@ _recorded: list[Launch] | None = None
 @triton.jit
 def load_fp32(ptr, mask, EVEN: tl.constexpr):
     """Load and widen; EVEN says that every lane is inside, and saves the predicates."""
-    if EVEN:  # noqa: SIM108 (Triton compiles statements, not conditional expressions over tensors)
+    if EVEN:
         value = tl.load(ptr)
     else:
         value = tl.load(ptr, mask=mask, other=0.0)
