@@ -54,7 +54,7 @@ class Progress:
             return
         if self.bar is not None:
             self.bar.set_postfix_str(
-                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, {peak / GIB:.1f} GiB", refresh=False
+                f"loss {values['loss']:.3f}, {speed:,.0f} tokens/s, peak {peak / GIB:.1f} GiB", refresh=False
             )
             self.bar.update(1)
         elif time.monotonic() - self.said > QUIET_S or step in (1, self.steps):
