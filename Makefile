@@ -38,11 +38,14 @@ demo: .venv/demo
 	@if [ -e runs/demo ]; then echo "runs/demo is the last demo; moved to runs/demo-$$(date +%Y%m%d-%H%M%S)"; mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
 	.venv/bin/trebuchet run examples/demo.yaml
 
+# The kernels' tests bind Triton to its interpreter when they are loaded, so they get a process of their own.
 test: .venv/dev
-	$(PY) -m pytest
+	$(PY) -m pytest tests/kernels
+	$(PY) -m pytest --ignore tests/kernels
 
 test-fast: .venv/dev
-	$(PY) -m pytest -m 'not slow and not gpu'
+	$(PY) -m pytest -m 'not slow and not gpu' tests/kernels
+	$(PY) -m pytest -m 'not slow and not gpu' --ignore tests/kernels
 
 # The kernel layer without a GPU: interpreter, ahead-of-time compilation, integration; then the table of budgets.
 kernels-check: .venv/dev

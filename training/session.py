@@ -158,6 +158,10 @@ class Session:
                 + (found.text() if found else "it is off")
                 + " Train without it by --set strategy.kernels=off."
             )
+        if found is not None:
+            mine = int(found.launch_table_hash[:8], 16)
+            if self.runtime.total(mine)[0] != mine * self.runtime.world:
+                raise JobFailed("the ranks run different versions of the kernels; install the same Trebuchet on every node.")
         if not self.runtime.main:
             return
         record.update(
