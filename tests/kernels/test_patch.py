@@ -230,7 +230,7 @@ def test_the_report_is_plain_data_and_switching_off_changes_nothing():
     assert not any("kernel_saved" in vars(m) or "forward" in vars(m) for m in net.modules())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_attention_by_document_errs_no_more_than_under_the_mask(dtype):
     lengths, module = [[5, 1, 40, 300], [346]], SimpleNamespace(num_key_value_groups=3, is_causal=True)
     g = torch.Generator().manual_seed(3)
@@ -249,7 +249,7 @@ def test_attention_by_document_errs_no_more_than_under_the_mask(dtype):
     masked = run(sdpa_attention_forward, dtype, attention_mask=mask)
     ours = run(patch_documents._attend, dtype, attention_mask=None, document_lengths=lengths)
     for name, e, m, o in zip(("out", "dq", "dk", "dv"), exact, masked, ours, strict=True):
-        assert (o.double() - e).norm() <= 1.5 * (m.double() - e).norm(), name
+        assert (o.double() - e).norm() <= 1.5 * (m.double() - e).norm() + 1e-12 * e.norm(), name
 
 
 def test_packed_rows_build_no_mask_unless_a_window_is_shorter(monkeypatch):
