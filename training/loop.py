@@ -48,6 +48,10 @@ class Loop:
     def resume(self) -> int:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
         self.runtime.barrier()
+        random_state = checkpoint.rng_state()
+        rows = share(self.order.batch(0), self.runtime.rank, self.runtime.world, self.micro_batch)[0]
+        self.stepper.settle(self.batch(rows))
+        checkpoint.set_rng_state(random_state)
         path = checkpoint.latest(self.runtime.folder, say=self.say)
         if path is None:
             return 0

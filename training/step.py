@@ -74,6 +74,13 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean, norm, rate, int(all_tokens), int(all_trained))
 
+    def settle(self, batch: Batch) -> None:
+        """DDP orders its buckets anew after the first backward, and over three or more ranks the order of the sums with them. One
+        backward whose gradients are thrown away brings a fresh run and a resumed one into the same order before their first step."""
+        if isinstance(self.model, DistributedDataParallel):
+            self.loss(batch).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of token losses of one micro-batch on this device."""
         device = self.runtime.device
