@@ -70,7 +70,13 @@ def of_allocation(found: dict[str, Any]) -> Report:
     for one in found["ranks"]:
         nodes[one["node"]] += 1
     ranks = ", ".join(f"{node}: {count}" for node, count in nodes.items())
-    checks = [Check(name="ranks", status="ok", line=f"{len(found['ranks'])} ranks met ({ranks}) and answered in {found['seconds']} s")]
+    checks = [
+        Check(
+            name="ranks",
+            status="ok",
+            line=f"{len(found['ranks'])} ranks met ({ranks}) and answered in {found['seconds']} s",
+        )
+    ]
     if found["all_reduce_gbps"] is not None:
         checks.append(Check(name="all-reduce", status="ok", line=f"{found['all_reduce_gbps']} GB/s (bus)"))
     free = min(one["free_bytes"] for one in found["ranks"]) / 2**30

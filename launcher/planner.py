@@ -153,9 +153,8 @@ def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, 
 def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
     """Why a cell cannot work at all, whatever the memory; None when it can."""
     optimizer = config.optimization.optimizer
-    if hardware.device == "cpu" and (config.model.dtype == "fp16" or config.model.attention == "flash_attention_2"):
-        what = "flash_attention_2" if config.model.dtype != "fp16" else "fp16"
-        return f"{what} needs a GPU; on a CPU leave model.dtype and model.attention on auto"
+    if hardware.device == "cpu" and config.model.attention == "flash_attention_2":
+        return "flash_attention_2 needs a GPU; on a CPU leave model.attention on auto"
     if layout.parallel == "none" and hardware.ranks > 1:
         return f"parallel none is for one rank, and there are {hardware.ranks}"
     if layout.parallel == "ddp" and hardware.ranks == 1:

@@ -126,6 +126,8 @@ def _selective_contexts() -> Any:
 
     aten, seen = torch.ops.aten, {True: 0, False: 0}
     products = {aten.mm.default, aten.addmm.default, aten.linear.default}
+    if hasattr(torch.ops.trebuchet, "lora_project"):  # the kernel layer's product with adapters, one op to this policy
+        products.add(torch.ops.trebuchet.lora_project.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if "scaled_dot_product" in str(op):
