@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,12 @@ SAVE_BYTES_PER_S = 200e6  # assumed until a save was measured: a slow shared fil
 LEAST_WARNING_S = 60
 # Where caches are is the user's word and no secret; nothing else of the submitting shell reaches the job.
 INHERITED = ("HF_HOME", "HF_HUB_CACHE", "TREBUCHET_CACHE", "XDG_CACHE_HOME")
+
+
+# States that a job passes through on its way back into the queue, and how long it may take (Slurm waits for the epilog and for
+# nodes that do not answer: 7 s seen on an idle local controller).
+PASSING = (JobState.NODE_FAIL, JobState.PREEMPTED)
+SETTLE_S = 45.0
 
 
 def check(plan: Plan) -> None:
@@ -82,8 +89,20 @@ def reconcile(folders: Sequence[RunFolder]) -> None:
         state = known.get(job)
         if state == JobState.PENDING and found["state"] == JobState.RUNNING:
             record.update(folder, state=state.value)
+        elif state in PASSING and not settled(folder, found):
+            continue
         elif state is None or state.ended:
             close(folder, found, job, state)
+        if state not in PASSING and found.get("ended_since") is not None:
+            record.update(folder, ended_since=None)
+
+
+def settled(folder: RunFolder, found: dict[str, Any]) -> bool:
+    """Whether Slurm has called the job ended for SETTLE_S: before it requeues one it calls it failed or preempted."""
+    since = found.get("ended_since")
+    if since is None:
+        record.update(folder, ended_since=time.time())
+    return since is not None and time.time() - since > SETTLE_S
 
 
 def close(folder: RunFolder, found: dict[str, object], job: str, state: JobState | None) -> None:

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[JobSpec, dict[str, Any]]] = {
             "extra": ["--gres-flags=enforce-binding", "--comment=ours, not yours"], "srun": ["--mpi=none"],
         },
     ),
-    "pyxis": (spec(), {"container": {"image": "nvcr.io#nvidia/pytorch:26.01-py3", "mounts": ["/shared:/shared"]}}),
+    "pyxis": (spec(), {"container": {"image": "images.example#nvidia/pytorch:26.01-py3", "mounts": ["/shared:/shared"]}}),
     "apptainer": (
         spec(),
         {"container": {"runtime": "apptainer", "image": "/shared/images/torch 2.sif", "mounts": ["/shared", "/d:/d:ro"]}},

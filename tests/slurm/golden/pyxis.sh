@@ -46,7 +46,7 @@ task='
   exec "$@"'
 
 python=python3
-box=(--container-image='nvcr.io#nvidia/pytorch:26.01-py3' --container-mounts=/shared:/shared)
+box=(--container-image='images.example#nvidia/pytorch:26.01-py3' --container-mounts=/shared:/shared)
 attempt() { srun --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 "${box[@]}" "$python" -m trebuchet.slurm.attempt "$@"; }
 facts() {
   date "+Now=%FT%T"
