@@ -159,7 +159,9 @@ class Checkpointing(Section):
 
 class ClusterRef(Section):
     name: str = Field("local", min_length=1, description="a name in cluster_configs/ or the path of a cluster YAML")
-    processes: int | None = Field(None, ge=1, description="ranks on each node; default: one for each GPU, or one on a CPU")
+    processes: int | None = Field(
+        None, ge=1, description="ranks on each node; default: one for each GPU, or one on a CPU"
+    )
 
 
 class TrainConfig(Section):

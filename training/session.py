@@ -161,7 +161,9 @@ class Session:
         if found is not None:
             mine = int(found.launch_table_hash[:8], 16)
             if self.runtime.total(mine)[0] != mine * self.runtime.world:
-                raise JobFailed("the ranks run different versions of the kernels; install the same Trebuchet on every node.")
+                raise JobFailed(
+                    "the ranks run different versions of the kernels; install the same Trebuchet on every node."
+                )
         if not self.runtime.main:
             return
         record.update(

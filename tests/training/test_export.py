@@ -13,7 +13,12 @@ from trebuchet.training.export import cast
 def tiny(tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=50, tie_word_embeddings=tied
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config)
 
