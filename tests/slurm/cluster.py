@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PACKAGES = ("slurm-wlm", "munge")
+# shellcheck comes along: the golden scripts are held to it, and on a bare machine it would be missing like the rest.
+PACKAGES = ("slurm-wlm", "munge", "shellcheck")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 CONF = """\
 ClusterName=test
