@@ -51,8 +51,11 @@ def softmax_rows(
         z, p = work[: len(y)], probs[: len(y)]
         _capped(z.copy_(logits[block]), softcap, logit_scale)
         torch.softmax(z, -1, out=p)
-        # p at the maximum is 1 / sum exp(z - max), never below 1 / V, so its logarithm is exact to fp32.
-        top, log_sum = z.amax(-1, keepdim=True), p.amax(-1, keepdim=True).log_().neg_()
+        # torch's softmax adds one SIMD lane after another: without AVX-512 its denominator is off by 5e-5 at 262,144
+        # columns (measured). torch's sum adds in pairs, so p is divided by what it really sums to. p at the maximum is
+        # 1 / sum exp(z - max), never below 1 / V, so its logarithm is exact to fp32.
+        total = p.sum(-1, keepdim=True)
+        top, log_sum = z.amax(-1, keepdim=True), (total / p.amax(-1, keepdim=True)).log_()
         lse[block] = (top + log_sum).squeeze(1)
         logp[block] = (z.gather(1, y) - top - log_sum).squeeze(1)
         if want_argmax:
@@ -62,13 +65,13 @@ def softmax_rows(
         if want_entropy or g_entropy is not None:
             # Relative to the maximum, so that logits of 1e4 leave the entropy its digits; and 0 * -inf would be nan.
             z.sub_(top).clamp_(min=torch.finfo(dtype).min)
-            entropy_b = log_sum - torch.linalg.vecdot(p, z).unsqueeze(1)
+            entropy_b = log_sum - torch.linalg.vecdot(p, z).unsqueeze(1) / total
             if want_entropy:
                 entropy[block] = entropy_b.squeeze(1)
         if grads is not None:
             assert out is not None
             g = [x[block].to(dtype).unsqueeze(1) if x is not None else None for x in grads]
-            _gradient(z, p, y, log_sum, entropy_b, g, slope)
+            _gradient(z, p, total, y, log_sum, entropy_b, g, slope)
             if logit_scale != 1.0:
                 p.mul_(logit_scale)
             out[block] = p
@@ -84,13 +87,15 @@ def _capped(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
 def _gradient(
     z: Tensor,
     p: Tensor,
+    total: Tensor,
     y: Tensor,
     log_sum: Tensor,
     entropy: Tensor | None,
     g: list[Tensor | None],
     slope: Tensor | None,
 ) -> None:
-    """p <- the gradient with respect to the unscaled logits; z, relative to its maximum with `entropy`, is used up."""
+    """p <- the gradient with respect to the unscaled logits, the softmax being p / total; z, relative to its maximum
+    with `entropy`, is used up."""
     g_logp, g_lse, g_entropy = g
     coefficient = torch.zeros_like(log_sum)
     if g_logp is not None:
@@ -99,9 +104,9 @@ def _gradient(
         coefficient += g_lse
     if g_entropy is not None:
         assert entropy is not None
-        p.mul_(z.sub_(log_sum - entropy).mul_(-g_entropy).add_(coefficient))
+        p.mul_(z.sub_(log_sum - entropy).mul_(-g_entropy / total).add_(coefficient / total))
     else:
-        p.mul_(coefficient)
+        p.mul_(coefficient / total)
     if g_logp is not None:
         p.scatter_add_(1, y, g_logp)
     if slope is not None:
