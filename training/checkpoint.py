@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim import Optimizer
 
 from ..launcher.run_folder import RunFolder
 
@@ -33,8 +32,16 @@ MANIFEST = "manifest.json"
 Say = Callable[[str], None]
 
 
-def save(folder: RunFolder, step: int, parts: dict[str, Any], *, rank: int, barrier: Callable[[], None]) -> Path:
-    """Writes `checkpoints/step-N`; collective. `parts`: model, optimizer (a torch Optimizer), state (plain data)."""
+def save(
+    folder: RunFolder,
+    step: int,
+    write: Callable[[Path], object],
+    state: dict[str, Any],
+    *,
+    rank: int,
+    barrier: Callable[[], None],
+) -> Path:
+    """Writes `checkpoints/step-N`; collective. `write(folder)` adds what the layout saves, `state` is plain data."""
     final = folder.checkpoint(step)
     beside = final.with_name(f".{final.name}.writing")
     if rank == 0:
@@ -42,10 +49,9 @@ def save(folder: RunFolder, step: int, parts: dict[str, Any], *, rank: int, barr
         beside.mkdir(parents=True)
     barrier()
     save_file(rng_state(), beside / f"rng-{rank}.safetensors")
+    write(beside)
     if rank == 0:
-        save_file(trainable(parts["model"]), beside / "trainable.safetensors")
-        save_file(optimizer_tensors(parts["model"], parts["optimizer"]), beside / "optimizer.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step, **parts["state"]}, indent=1), encoding="utf-8")
+        (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
     barrier()
     if rank == 0:
         _seal(beside)
@@ -57,21 +63,9 @@ def save(folder: RunFolder, step: int, parts: dict[str, Any], *, rank: int, barr
     return final
 
 
-def load(path: Path, model: torch.nn.Module, optimizer: Optimizer, *, rank: int) -> dict[str, Any]:
-    """Fills model, optimizer and random states from a valid checkpoint; returns state.json.
-
-    Raises KeyError or ValueError when the checkpoint belongs to another model: names or shapes differ.
-    """
-    stored = load_file(path / "trainable.safetensors")
-    wanted = trainable(model)
-    if stored.keys() != wanted.keys():
-        raise ValueError(
-            f"{path} holds other parameters than this model: {sorted(stored.keys() ^ wanted.keys())[:3]} …"
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(stored[name])
-    _load_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
+def load(path: Path, read: Callable[[Path], object], *, rank: int) -> dict[str, Any]:
+    """Fills what the layout's `read` fills, and the random states, from a valid checkpoint; returns state.json."""
+    read(path)
     rng = path / f"rng-{rank}.safetensors"
     if rng.exists():
         set_rng_state(load_file(rng))
@@ -120,37 +114,6 @@ def prune(folder: RunFolder, keep: int) -> None:
         shutil.rmtree(path)
     for path in folder.checkpoints.glob(".step-*.writing"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def optimizer_tensors(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
-    """`PARAMETER/STATE` -> tensor, so that the file does not depend on the order of parameter groups."""
-    out: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensor = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-            # bitsandbytes shares its code tables between parameters; safetensors wants memory of its own for each.
-            out[f"{name}/{key}"] = tensor.detach().clone() if key.startswith("qmap") else tensor.detach().contiguous()
-    return out
-
-
-def _load_optimizer(model: torch.nn.Module, optimizer: Optimizer, stored: dict[str, torch.Tensor]) -> None:
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in stored.items():
-        parameter_name, _, key = name.rpartition("/")
-        by_name.setdefault(parameter_name, {})[key] = tensor
-    for name, parameter in model.named_parameters():
-        if name not in by_name:
-            continue
-        # bitsandbytes keeps its step as a plain int and everything else, like torch, as tensors.
-        whole = type(optimizer).__module__.startswith("bitsandbytes")
-        optimizer.state[parameter] = {
-            key: int(t) if whole and key == "step" else t if key == "step" else t.to(parameter.device)
-            for key, t in by_name[name].items()
-        }
 
 
 def rng_state() -> dict[str, torch.Tensor]:

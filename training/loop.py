@@ -55,7 +55,7 @@ class Loop:
         path = checkpoint.latest(self.runtime.folder, say=self.say)
         if path is None:
             return 0
-        state = checkpoint.load(path, self.stepper.model_inside(), self.stepper.optimizer, rank=self.runtime.rank)
+        state = checkpoint.load(path, self.stepper.layout.load, rank=self.runtime.rank)
         if state["identity"] != self.identity:
             changed = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
             raise RunError(
@@ -133,9 +133,15 @@ class Loop:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}
         if self.stepper.scaler:
             state["scaler"] = self.stepper.scaler.state_dict()
-        parts = {"model": self.stepper.model_inside(), "optimizer": self.stepper.optimizer, "state": state}
         began = time.perf_counter()
-        checkpoint.save(self.runtime.folder, done, parts, rank=self.runtime.rank, barrier=self.runtime.barrier)
+        checkpoint.save(
+            self.runtime.folder,
+            done,
+            lambda folder: self.stepper.layout.save(folder, False),
+            state,
+            rank=self.runtime.rank,
+            barrier=self.runtime.barrier,
+        )
         if self.runtime.main:
             self.save_s = time.perf_counter() - began
             record.update(self.runtime.folder, save_s=round(self.save_s, 3))  # sizes the warning of the next job

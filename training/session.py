@@ -14,6 +14,7 @@ import torch
 
 from ..launcher import record
 from ..launcher.errors import JobFailed
+from ..strategies.layouts import place
 from ..strategies.prepare import Prepared, compute_dtype, prepare
 from . import evaluate, load
 from .data import Order
@@ -81,16 +82,13 @@ class Session:
             epochs=optimization.epochs,
             max_steps=optimization.max_steps,
         )
-        model = prepared.model.train()
-        optimizer = make_optimizer(
-            model.named_parameters(), chosen.optimizer, chosen.learning_rate, optimization.weight_decay
-        )
+        prepared.model.train()
+        layout = place(prepared, chosen, self.runtime.device, self.make_optimizer)
         dtype = compute_dtype(chosen.precision)
         stepper = Stepper(
             runtime=self.runtime,
-            model=self.wrap(model),
-            optimizer=optimizer,
-            schedule=make_schedule(optimizer, optimization, order.steps),
+            layout=layout,
+            schedule=make_schedule(layout.optimizer, optimization, order.steps),
             objective=config.objective.name,
             kernels=prepared.kernels is not None,
             autocast=None if dtype == torch.float32 else dtype,
@@ -117,19 +115,9 @@ class Session:
             },
         )
 
-    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        if self.chosen.parallel == "none":
-            return model
-        if self.chosen.parallel == "ddp":
-            ids = [self.runtime.device.index] if self.runtime.device.type == "cuda" else None
-            # Buffers (rotary frequencies) are constants; broadcasting them would be a collective in each first forward, and a rank
-            # that has no held-out rows makes none.
-            return torch.nn.parallel.DistributedDataParallel(
-                model, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-            )
-        raise JobFailed(
-            f"{self.chosen.parallel} cannot be started by this version; choose --set strategy.parallel=ddp."
-        )
+    def make_optimizer(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        chosen, decay = self.chosen, self.config.optimization.weight_decay
+        return make_optimizer(model.named_parameters(), chosen.optimizer, chosen.learning_rate, decay)
 
     def held_out(self) -> evaluate.HeldOut | None:
         if self.data.eval is None or len(self.data.eval) == 0:

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..strategies.layouts import Layout
 from .objectives import LOSSES
 from .runtime import Runtime
 
@@ -35,8 +35,7 @@ class StepResult:
 @dataclass
 class Stepper:
     runtime: Runtime
-    model: torch.nn.Module
-    optimizer: Optimizer
+    layout: Layout
     schedule: LRScheduler
     objective: str
     kernels: bool
@@ -52,12 +51,14 @@ class Stepper:
         tokens = sum(int(b["num_tokens"]) for b in batches)
         trained = sum(int(b["num_trained"]) for b in batches)
         all_tokens, all_trained = self.runtime.total(tokens, trained)
-        scale = self.runtime.world / max(all_trained, 1)  # DDP averages gradients over ranks; this makes it a sum
+        scale = self.runtime.world / max(
+            all_trained, 1
+        )  # every layout averages gradients over ranks; this makes it a sum
         summed = 0.0
         for i, batch in enumerate(batches):
-            with self._no_sync(last=i == len(batches) - 1):
+            with self.layout.accumulating(i == len(batches) - 1):
                 loss = self.loss(batch)
-                self._scaled(loss * scale).backward()
+                self.layout.backward(self._scaled(loss * scale))
             summed += float(loss.detach())
         mean = self.runtime.total(summed)[0] / max(all_trained, 1)
         norm = self._clip()
@@ -68,16 +69,16 @@ class Stepper:
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         else:
-            self.optimizer.step()
+            self.layout.step()
         self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean, norm, rate, int(all_tokens), int(all_trained))
 
     def settle(self, batch: Batch) -> None:
         """DDP orders its buckets anew after the first backward, and over three or more ranks the order of the sums with them. One
         backward whose gradients are thrown away brings a fresh run and a resumed one into the same order before their first step."""
-        if isinstance(self.model, DistributedDataParallel):
+        if self.layout.settles:
             self.loss(batch).backward()
             self.optimizer.zero_grad(set_to_none=True)
 
@@ -88,19 +89,22 @@ class Stepper:
         with self.autocasting():
             return LOSSES[self.objective](self.model, moved, kernels=self.kernels)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.layout.model
+
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.layout.optimizer
+
     def model_inside(self) -> torch.nn.Module:
         """The model without its DDP wrapper, so that parameter names are the same on one rank and on many."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+        return self.layout.inside
 
     def autocasting(self) -> contextlib.AbstractContextManager[object]:
-        if self.autocast is None:
+        if self.autocast is None or not self.layout.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self.runtime.device.type, dtype=self.autocast)
-
-    def _no_sync(self, *, last: bool) -> contextlib.AbstractContextManager[object]:
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return self.model.no_sync()
 
     def _scaled(self, loss: torch.Tensor) -> torch.Tensor:
         return self.scaler.scale(loss) if self.scaler else loss
@@ -108,6 +112,4 @@ class Stepper:
     def _clip(self) -> float:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        limit = self.max_grad_norm or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return self.layout.clip(self.max_grad_norm)

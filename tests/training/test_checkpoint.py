@@ -7,7 +7,9 @@ import json
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from trebuchet.launcher.run_folder import RunFolder
+from trebuchet.strategies import states
 from trebuchet.training import checkpoint
 from trebuchet.training.loop import due
 from trebuchet.training.optim import make_optimizer
@@ -54,8 +57,12 @@ def step(net: Net, optimizer: torch.optim.Optimizer) -> float:
 
 
 def saved(root: Path, number: int, net: Net, optimizer: torch.optim.Optimizer) -> Path:
-    parts = {"model": net, "optimizer": optimizer, "state": {"identity": {"data": "x"}}}
-    return checkpoint.save(RunFolder(root), number, parts, rank=0, barrier=lambda: None)
+    write, state = partial(states.save, model=net, optimizer=optimizer), {"identity": {"data": "x"}}
+    return checkpoint.save(RunFolder(root), number, write, state, rank=0, barrier=lambda: None)
+
+
+def loaded(path: Path, net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return checkpoint.load(path, partial(states.load, model=net, optimizer=optimizer), rank=0)
 
 
 def test_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
@@ -67,7 +74,7 @@ def test_a_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     other, fresh = trained("adamw", steps=0)
     random.seed(99)
     np.random.seed(99)
-    state = checkpoint.load(path, other, fresh, rank=0)
+    state = loaded(path, other, fresh)
     assert state["step"] == 3 and state["identity"] == {"data": "x"}
     assert [step(other, fresh) for _ in range(3)] + [
         random.random(),
@@ -146,7 +153,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path, 1, net, optimizer)
     net.frozen.requires_grad_(True)
     with pytest.raises(ValueError, match="other parameters than this model"):
-        checkpoint.load(path, net, optimizer, rank=0)
+        loaded(path, net, optimizer)
 
 
 def test_loading_does_not_touch_what_was_loaded(tmp_path: Path) -> None:
@@ -154,7 +161,7 @@ def test_loading_does_not_touch_what_was_loaded(tmp_path: Path) -> None:
     net, optimizer = trained("adamw")
     path = saved(tmp_path, 3, net, optimizer)
     before = {name: (path / name).read_bytes() for name in FILES}
-    checkpoint.load(path, net, optimizer, rank=0)
+    loaded(path, net, optimizer)
     assert {name: (saved(tmp_path, 3, net, optimizer) / name).read_bytes() for name in FILES} == before
 
 
