@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from . import functional, patch_documents
 from .patch_layers import attention_forward, block_forward, eager_attention, mlp_forward, norm_forward
-from .patch_linear import is_4bit, is_linear, is_lora, linear_forward, plain_layer, refusal
+from .patch_linear import is_4bit, is_linear, is_lora, linear_forward, plain_layer, refusal, unknown_linear
 from .patch_loss import causal_lm_forward, head_forward, logit_transform
 from .patch_match import AnyModule, Attention, Block, CausalLM, Mlp, Norm, activation_name, loaded, pattern, role
 from .patch_report import Fused, KernelReport, Skipped
@@ -115,6 +115,9 @@ def _patch_module(module: AnyModule, name: str, log: _Log) -> None:
     if known is None:
         if is_linear(module):
             _patch_linear(module, name, log)
+        elif (base := unknown_linear(module)) is not None:
+            if not name.endswith(".base_layer"):
+                log.left(module, name, base)
         elif role(module) not in (None, "causal_lm"):  # PEFT's wrappers are called ...ForCausalLM too
             log.left(module, name, "its forward is not one that the layer knows")
         return

@@ -41,6 +41,16 @@ def is_linear(module: AnyModule) -> bool:
     return type(module).forward is nn.Linear.forward or is_4bit(module) or is_lora(module)
 
 
+def unknown_linear(module: AnyModule) -> str | None:
+    """Why a layer that multiplies by a matrix is none that the ops know (LLM.int8, adapters around it); None for others."""
+    adapter = loaded("peft.tuners.lora.layer", "LoraLayer")
+    if is_linear(module):
+        return None
+    if adapter is not None and isinstance(module, adapter) and isinstance(module.base_layer, nn.Linear):
+        return f"LoRA around a {type(module.base_layer).__name__}"
+    return f"a {type(module).__name__} is not a dense or 4-bit linear layer" if isinstance(module, nn.Linear) else None
+
+
 def refusal(module: AnyModule) -> str | None:
     """Why the ops cannot take this layer as it now is; None when they can. Looks at no tensor's values."""
     if not is_linear(module):

@@ -54,13 +54,13 @@ def request(
     """The candidate in the terms of the memory and throughput formulas."""
     return MemoryRequest(
         model=dims(model),
-        method=method,
-        double_quant=config.strategy.quant.double if method == "qlora" else None,
+        method="lora8" if quantized(config, method) == "int8" else method,
+        double_quant=config.strategy.quant.double if quantized(config, method) == "nf4" else None,
         lora_r=None if method == "full" else config.strategy.lora.r,
         lora_targets=None if method == "full" else targets(config),
         lora_dropout=config.strategy.lora.dropout,
         precision=precision(config, hardware),
-        optimizer=optimizer(config),
+        optimizer=optimizer(config).removesuffix("-kernel"),  # the same states, another step
         parallel=layout.parallel,
         gpus=hardware.ranks,
         dp_replicate=layout.replicate if layout.parallel != "ddp" else 1,
@@ -71,7 +71,12 @@ def request(
         packed=config.data.packing,
         checkpointing=checkpointing,
         attention={"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}[attention(config)],
-        kernels="none" if config.strategy.kernels == "off" else "trebuchet",
+        # Adapters on an 8-bit base run as PEFT's own modules; norms, SwiGLU and the loss are the kernel layer's.
+        kernels="none"
+        if config.strategy.kernels == "off"
+        else "fused"
+        if quantized(config, method) == "int8"
+        else "trebuchet",
         grad_accum=accumulate(config, hardware, micro),
     )
 
@@ -164,7 +169,12 @@ def attention(config: TrainConfig) -> Literal["sdpa", "eager", "flash_attention_
     return "sdpa" if config.model.attention == "auto" else config.model.attention
 
 
-def optimizer(config: TrainConfig) -> Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]:
+def quantized(config: TrainConfig, method: str) -> Literal["nf4", "int8"] | None:
+    """How the frozen base is stored, None where it is not quantized."""
+    return config.strategy.quant.type if method == "qlora" else None
+
+
+def optimizer(config: TrainConfig) -> Literal["adamw", "adamw-8bit", "adamw-8bit-kernel", "paged-adamw-8bit"]:
     return "adamw" if config.optimization.optimizer == "auto" else config.optimization.optimizer
 
 

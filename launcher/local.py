@@ -6,16 +6,13 @@ it asks the ranks to stop by a file, they save at the next step boundary. A seco
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +20,13 @@ from typing import Any
 
 import yaml
 
-from . import record
+from . import record, retry
 from .cluster import Cluster
 from .errors import ClusterError, JobFailed, SchedulerRefused
 from .job import JobHandle, JobSpec, JobState
 from .plan import Plan
 from .run_folder import RunFolder
+from .watching import Interrupts, wait
 
 CLOCK_SLACK_S = 60.0  # a wall clock may be set while a job runs
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
@@ -117,10 +115,26 @@ def preview(plan: Plan, folder: RunFolder) -> str:
 
 
 def execute(folder: RunFolder, plan: Plan) -> int:
-    """Runs the job in the foreground; returns the exit code, with the record closed.
+    """Runs the job in the foreground; returns the exit code, with the record closed. Out of memory, the ranks are started again
+    with the next lighter plan, until one fits or none is left.
 
     0 done, 1 failed, 2 bad input that only the ranks could see, 130 stopped by the user with a checkpoint saved.
     """
+    while True:
+        code = attempt(folder, plan)
+        found = record.read(folder)
+        if found["state"] != JobState.OUT_OF_MEMORY or (next_plan := retry.lighter(plan)) is None:
+            return code
+        assert plan.chosen is not None and next_plan.chosen is not None
+        how = f"Goes on with {retry.words(plan.chosen, next_plan.chosen)}, and the same global batch."
+        record.update(folder, attempt={"reason": f"{found['error']} {how}"})
+        record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
+        print(how, file=sys.stderr)
+        plan = next_plan
+
+
+def attempt(folder: RunFolder, plan: Plan) -> int:
+    """Starts the ranks once and waits for them; the exit code, with the attempt closed in the record."""
     spec = job_spec(plan, folder)
     record.write_atomically(folder.accelerate, accelerate_config(spec))
     folder.logs.mkdir(exist_ok=True)
@@ -132,8 +146,8 @@ def execute(folder: RunFolder, plan: Plan) -> int:
     except OSError as error:
         raise SchedulerRefused(f"could not start the ranks: {error}") from None
     record.begin_attempt(folder, handle_of(os.getpid()), ranks=process.pid)
-    with _Interrupts(folder, process) as interrupts:
-        process.wait()
+    with Interrupts(folder, process) as interrupts:
+        wait(folder, process)
     return close(folder, _without_a_word(folder, process.returncode), ended_by_user=interrupts.ended)
 
 
@@ -197,40 +211,6 @@ def _lives(pid: int, since: str) -> bool:
         )
     except psutil.NoSuchProcess:
         return False
-
-
-class _Interrupts:
-    """While the ranks run: the first SIGINT or SIGTERM asks them to save and stop, the second ends them."""
-
-    def __init__(self, folder: RunFolder, process: subprocess.Popen[bytes]):
-        self.folder, self.process, self.asked, self.ended = folder, process, False, False
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        if not self.asked:
-            self.asked = True
-            self.folder.stop.touch()
-            print("\nstopping after this step; a checkpoint will be saved. Ctrl+C again ends at once.", file=sys.stderr)
-            return
-        self.ended = True
-        end(self.process.pid)
-
-
-def end(group: int) -> None:
-    """Ends a process group that `execute` started, at once: the ranks take SIGTERM as a wish for a checkpoint, and the user has
-    said no to that."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
 
 
 def free_port() -> int:

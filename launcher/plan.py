@@ -53,7 +53,7 @@ class Chosen(Data):
     dp_shard: int
     offload: Literal["none", "optimizer", "params"]
     checkpointing: Literal["none", "selective", "full"]
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw-8bit"]
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-8bit-kernel", "paged-adamw-8bit"]
     precision: Literal["bf16-mixed", "fp16-mixed", "fp32"]
     attention: Literal["sdpa", "eager", "flash_attention_2"]
     learning_rate: float

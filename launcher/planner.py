@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .advice import advice
+from .cells import cannot
 from .cluster import Cluster
 from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision
 from .errors import ClusterError
@@ -148,28 +149,6 @@ def fit(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, 
         needed, usable = memory.process_gib, memory.usable_gib
         where = "on this machine" if hardware.device == "cpu" else f"on a {hardware.group.gpu}"
     return no(f"{needed:.1f} GiB needed, {usable:.1f} usable {where}", needed, usable)
-
-
-def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
-    """Why a cell cannot work at all, whatever the memory; None when it can."""
-    optimizer = config.optimization.optimizer
-    if hardware.device == "cpu" and config.model.attention == "flash_attention_2":
-        return "flash_attention_2 needs a GPU; on a CPU leave model.attention on auto"
-    if layout.parallel == "none" and hardware.ranks > 1:
-        return f"parallel none is for one rank, and there are {hardware.ranks}"
-    if layout.parallel == "ddp" and hardware.ranks == 1:
-        return "ddp keeps copies on several ranks in step, and there is one"
-    if layout.offload != "none" and layout.parallel == "ddp":
-        return "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
-    if layout.offload != "none" and hardware.device == "cpu":
-        return "on a CPU everything is in host memory already"
-    if layout.offload != "none" and optimizer == "paged-adamw-8bit":
-        return "a paged optimizer lives in GPU memory and pages out by itself; it does not work on offloaded states"
-    if optimizer != "auto" and optimizer != "adamw" and hardware.device == "cpu":
-        return f"{optimizer} is a CUDA optimizer of bitsandbytes; on a CPU use adamw"
-    if layout.offload == "optimizer" and method != "full":
-        return "adapters' optimizer states are small; there is nothing to gain from moving them to the host"
-    return None
 
 
 def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:

@@ -98,8 +98,10 @@ class Lora(Section):
 
 
 class Quant(Section):
-    type: Literal["nf4"] = "nf4"
-    double: bool = Field(True, description="quantize the scales too (0.516 instead of 0.5625 bytes per weight)")
+    type: Literal["nf4", "int8"] = Field(
+        "nf4", description="how qlora stores the frozen base: 4-bit NormalFloat, or LLM.int8 (one device and ddp)"
+    )
+    double: bool = Field(True, description="nf4: quantize the scales too (0.516 instead of 0.5625 bytes per weight)")
 
 
 class StrategyChoice(Section):
@@ -122,7 +124,11 @@ class Optimization(Section):
     )
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")
-    optimizer: Literal["auto", "adamw", "adamw-8bit", "paged-adamw-8bit"] = "auto"
+    optimizer: Literal["auto", "adamw", "adamw-8bit", "adamw-8bit-kernel", "paged-adamw-8bit"] = Field(
+        "auto",
+        description="auto: torch's AdamW; adamw-8bit and paged-adamw-8bit: bitsandbytes; adamw-8bit-kernel: the same states, "
+        "stepped by the kernel layer",
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, description="share of the steps when below 1, else a number of steps")
     weight_decay: float = Field(0.01, ge=0)

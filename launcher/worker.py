@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 HARMLESS = {
     "DeepSpeed": "Setting accelerator to CPU",  # accelerate asks DeepSpeed for its device when it saves a model
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward",  # an optional package of inference kernels
+    "bitsandbytes.autograd._functions": "MatMul8bitLt: inputs will be cast",  # what LLM.int8 is: activations pass through fp16
 }
 STOPPED = 75  # EX_TEMPFAIL: stopped at a step boundary with a checkpoint; `resume` goes on
 

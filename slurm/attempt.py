@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..launcher import record
+from ..launcher import record, retry
 from ..launcher.errors import TrebuchetError
 from ..launcher.job import JobState
 from ..launcher.plan import Plan
@@ -94,6 +94,7 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
     folder.reserve.unlink(missing_ok=True)
     outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
     kept = newest_step(folder) > attempt["first_step"]
+    after_oom = retry.lighter(plan)
     verdict = classify.classify(
         outcome,
         status,
@@ -103,7 +104,7 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
         asked_to_stop=folder.stop.exists(),
         warning_s=max(warning_s, math.ceil(attempt.get("lead_s", 0))),
         restarts=site_of(plan).restarts,
-        micro_batch=plan.chosen.micro_batch,
+        lighter=retry.words(plan.chosen, after_oom.chosen) if after_oom and after_oom.chosen else None,
         kept=kept,
     )
     requeued = verdict.action in ("requeue", "avoid") and site_of(plan).requeue
@@ -117,23 +118,12 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
         folder.stop.unlink(missing_ok=True)
     if not requeued:
         return f"exit {code}"
-    if verdict.kind == "oom":
-        halve(folder, plan)
+    if verdict.kind == "oom" and after_oom is not None:
+        record.write_atomically(folder.plan, after_oom.model_dump_json(indent=1) + "\n")
     record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
     if verdict.action == "avoid":
         return f"avoid {','.join(name for name in (facts.excluded, verdict.node) if name)}"
     return "requeue"
-
-
-def halve(folder: RunFolder, plan: Plan) -> None:
-    """Half the micro-batch and the same global batch, into plan.json. Losses stay those of the plan up to the order
-    of sums."""
-    chosen = plan.chosen
-    assert chosen is not None
-    micro = chosen.micro_batch // 2
-    accumulation = -(-plan.config.optimization.global_batch_size // (micro * chosen.ranks))
-    smaller = chosen.model_copy(update={"micro_batch": micro, "accumulation": accumulation})
-    record.write_atomically(folder.plan, plan.model_copy(update={"chosen": smaller}).model_dump_json(indent=1) + "\n")
 
 
 def evidence(folder: RunFolder, verdict: classify.Verdict, outcome: dict[str, Any] | None) -> str | None:

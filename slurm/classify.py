@@ -3,7 +3,7 @@
     finished                     done
     asked to stop by the user    cancelled, kept as it is
     preempted, time limit        requeue, as often as it happens
-    out of GPU memory            requeue with half the micro-batch and the same global batch
+    out of GPU memory            requeue with the next lighter plan (launcher/retry.py), the global batch unchanged
     node, network, killed rank   requeue on other nodes where there are others, `restarts` times
     hang                         requeue once
     anything else                stop: it would fail again
@@ -87,10 +87,11 @@ def read_facts(text: str) -> Facts:
 
 def classify(
     outcome: dict[str, Any] | None, status: int, said: str, facts: Facts, history: Sequence[dict[str, Any]],
-    *, asked_to_stop: bool, warning_s: int, restarts: int, micro_batch: int, kept: bool,
+    *, asked_to_stop: bool, warning_s: int, restarts: int, lighter: str | None, kept: bool,
 ) -> Verdict:  # fmt: skip
     """`outcome`: the ranks' outcome.json; `status`: srun's exit code; `said`: the log of this attempt; `history`: the
-    attempts before this one; `kept`: whether this attempt moved the newest checkpoint."""
+    attempts before this one; `lighter`: what a next attempt would change after running out of memory, None when nothing
+    is left; `kept`: whether this attempt moved the newest checkpoint."""
     code, error = (outcome["exit_code"], outcome["error"]) if outcome else (None, None)
     if code == 0 and status == 0:
         return Verdict(kind="finished", state=JobState.SUCCEEDED, action="exit", reason=None)
@@ -116,7 +117,7 @@ def classify(
         reason = "a process took more host memory than the job was given; raise slurm.memory, or lower data.max_length"
         return Verdict(kind="host-oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=reason, exit_code=1)
     if error and OOM.search(error):
-        return _out_of_memory(error, micro_batch)
+        return _out_of_memory(error, lighter)
     return _failure(code, error, outcome.get("node") if outcome else None, status, said, facts, history, restarts)
 
 
@@ -128,11 +129,9 @@ def _time_limit(history: Sequence[dict[str, Any]], saved: str, kept: bool) -> Ve
     return Verdict(kind="time-limit", state=JobState.TIMEOUT, action="requeue", reason=f"the time limit came, {saved}")
 
 
-def _out_of_memory(error: str, micro_batch: int) -> Verdict:
-    if micro_batch > 1:
-        reason = (
-            f"{error} Goes on with micro-batch {micro_batch // 2} instead of {micro_batch}, and the same global batch."
-        )
+def _out_of_memory(error: str, lighter: str | None) -> Verdict:
+    if lighter is not None:
+        reason = f"{error} Goes on with {lighter}, and the same global batch."
         return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="requeue", reason=reason)
     return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=error, exit_code=1)
 

@@ -56,17 +56,20 @@ def activations(r: MemoryRequest) -> Activations:
     layers = r.model.num_layers
     boundary = r.model.hidden_size * hidden_width(r) * r.tokens
     block, worst = _block(r)
-    saved = {"none": block, "full": float(boundary), "selective": boundary + _selective(r)}[r.checkpointing]
-    again = {"none": block, "full": 0.0, "selective": _selective(r)}[r.checkpointing]  # counted in `saved` already
+    held = _int8_inputs(r)
+    saved = {"none": block, "full": boundary + held, "selective": boundary + held + _selective(r)}[r.checkpointing]
+    again = {"none": block, "full": held, "selective": held + _selective(r)}[
+        r.checkpointing
+    ]  # counted in `saved` already
     frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
-    loss, held = loss_bytes(r)
+    loss, held_logits = loss_bytes(r)
     return Activations(
         kept=int(layers * saved),
         kept_last=int(saved),
         working=max(int(worst - again), 0),
         retained=max(layers - 2, 0) * boundary if frozen_fsdp1 else 0,
         loss=loss,
-        held_logits=held,
+        held_logits=held_logits,
     )
 
 
@@ -80,6 +83,7 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     down_copies = _adapter_copies(r, ("down",))
     inputs = _adapter_copies(r, ("gate", "up")) + down_copies
     mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r) + _fused_inputs(r)
+    mlp += _int8_inputs(r) / t
     transient = _product_transient(r)
     share = k / m.experts
     ends = (1.0 if r.kernels == "trebuchet" else 2.0) * h * e  # ours recomputes without the output (not reentrant)
@@ -187,6 +191,19 @@ def _fused_inputs(r: MemoryRequest) -> float:
         return 0.0
     read = 1 + any(target in (r.lora_targets or ()) for target in ("q", "k", "v"))
     return float(read * r.model.hidden_size * hidden_width(r))
+
+
+def _int8_inputs(r: MemoryRequest) -> float:
+    """Bytes, all tokens, of the inputs that a block's 8-bit linears hold until their backward.
+
+    bitsandbytes 0.50 keeps each as an attribute of the autograd node and not as a saved tensor, so checkpointing, which replaces
+    saved tensors, does not free them (seen: they are alive after a checkpointed forward).
+    """
+    if r.method != "lora8":
+        return 0.0
+    m = r.model
+    widths = 2 * m.hidden_size + m.num_heads * m.head_dim + m.active_experts * m.intermediate_size
+    return float(widths * hidden_width(r) * r.tokens)
 
 
 def _stack_copies(r: MemoryRequest) -> float:

@@ -68,11 +68,15 @@ def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, 
 
     options: dict[str, Any] = {"dtype": storage_dtype(chosen), "attn_implementation": ATTENTION[chosen.attention]}
     if chosen.method == "qlora":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=strategy.quant.type,
-            bnb_4bit_use_double_quant=strategy.quant.double,
-            bnb_4bit_compute_dtype=compute_dtype(chosen.precision),
+        options["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if strategy.quant.type == "int8"
+            else BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=strategy.quant.type,
+                bnb_4bit_use_double_quant=strategy.quant.double,
+                bnb_4bit_compute_dtype=compute_dtype(chosen.precision),
+            )
         )
         options["device_map"] = {"": device}
     net: Any = AutoModelForCausalLM.from_pretrained(

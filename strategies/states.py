@@ -60,7 +60,7 @@ def _load_optimizer(model: torch.nn.Module, optimizer: Optimizer, stored: dict[s
         if name not in by_name:
             continue
         # bitsandbytes keeps its step as a plain int and everything else, like torch, as tensors.
-        whole = type(optimizer).__module__.startswith("bitsandbytes")
+        whole = hasattr(optimizer, "is_paged")  # an optimizer of bitsandbytes
         optimizer.state[parameter] = {
             key: int(t) if whole and key == "step" else t if key == "step" else t.to(parameter.device)
             for key, t in by_name[name].items()

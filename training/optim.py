@@ -1,4 +1,4 @@
-"""Optimizer and schedule from the configuration: torch's AdamW, bitsandbytes' 8-bit ones, transformers' schedules."""
+"""Optimizer and schedule from the configuration: torch's AdamW, 8-bit ones (optim8bit.py), transformers' schedules."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def make_optimizer(
     groups = [g for g in groups if g["params"]]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=True)
-    import bitsandbytes as bnb
+    from . import optim8bit  # loads bitsandbytes
 
-    kind = {"adamw-8bit": bnb.optim.AdamW8bit, "paged-adamw-8bit": bnb.optim.PagedAdamW8bit}[name]
+    kind = {
+        "adamw-8bit": optim8bit.AdamW8bit,
+        "adamw-8bit-kernel": optim8bit.KernelAdamW8bit,
+        "paged-adamw-8bit": optim8bit.PagedAdamW8bit,
+    }[name]
     return kind(groups, lr=learning_rate, betas=BETAS, eps=EPSILON)
 
 

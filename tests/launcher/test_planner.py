@@ -85,8 +85,10 @@ def test_a_cpu_machine() -> None:
         ({"parallel": "ddp"}, "rtx4090-1", "auto", "and there is one"),
         ({"parallel": "ddp", "offload": "params"}, "a100-80gb-8", "auto", "offload works with fsdp2 and zero3"),
         ({"parallel": "fsdp2", "offload": "params"}, CPU, "auto", "on a CPU everything is in host memory already"),
-        ({}, CPU, "adamw-8bit", "adamw-8bit is a CUDA optimizer"),
+        ({}, CPU, "paged-adamw-8bit", "a paged optimizer moves states between GPU and host memory"),
         ({"parallel": "fsdp2", "offload": "params"}, "rtx4090-1", "paged-adamw-8bit", "not work on offloaded"),
+        ({"parallel": "fsdp2", "offload": "params"}, "a100-80gb-8", "adamw-8bit", "offloaded states are on the CPU"),
+        ({"method": "qlora", "quant": {"type": "int8"}, "parallel": "fsdp2"}, "a100-80gb-8", "auto", "LLM.int8 keeps"),
         ({"method": "lora", "parallel": "zero3", "offload": "optimizer"}, "a100-80gb-8", "auto", "nothing to gain"),
     ],
 )  # fmt: skip

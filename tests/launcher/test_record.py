@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trebuchet.launcher import api, cli, local, logs, record, worker
+from trebuchet.launcher import api, cli, local, logs, record, watching, worker
 from trebuchet.launcher.errors import RunError
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import RunFolder, new_run
@@ -172,7 +172,7 @@ def test_two_interrupts_end_the_ranks_at_once(folder: RunFolder) -> None:
     deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
     process: Any = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
-    interrupts = local._Interrupts(folder, process)
+    interrupts = watching.Interrupts(folder, process)
     with interrupts:
         os.kill(os.getpid(), 2)
         while not interrupts.asked:

@@ -56,9 +56,13 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(
     found = record.read(run)
     assert (found["state"], found["error"], found["attempts"][0]["state"]) == ("PENDING", None, "OUT_OF_MEMORY")
     assert "micro-batch 1 instead of 3" in found["attempts"][0]["reason"]
-    begin(run, monkeypatch)  # micro-batch 1 does not fit either: nothing smaller is left
-    leave(run, 1, "out of memory: CUDA out of memory. Choose qlora.", SRUN_FAILED)
-    assert attempt.end(run, facts(), 1, 60) == "exit 1"
+    said = []
+    for order in ("requeue", "requeue", "exit 1"):  # micro-batch 1 does not fit either, nor with checkpointing
+        begin(run, monkeypatch)
+        leave(run, 1, "out of memory: CUDA out of memory. Choose qlora.", SRUN_FAILED)
+        assert attempt.end(run, facts(), 1, 60) == order
+        said.append(record.read(run)["attempts"][-1]["reason"])
+    assert "checkpointing selective instead of none" in said[0] and "full instead of selective" in said[1]
     found = record.read(run)
     assert (found["state"], found["exit_code"]) == ("OUT_OF_MEMORY", 1) and "qlora" in found["error"]
 

@@ -35,7 +35,13 @@ def facts(state: str = "RUNNING", end: str = "2026-11-22T00:35:51", preempt: str
 def ask(outcome: tuple[int, str | None] | None, status: int = 1, said: str = "", known: Facts | None = None,
         history: list[dict[str, Any]] | None = None, **changes: Any) -> Verdict:  # fmt: skip
     left = None if outcome is None else {"exit_code": outcome[0], "error": outcome[1], "rank": 0}
-    options = {"asked_to_stop": False, "warning_s": 60, "restarts": 3, "micro_batch": 4, "kept": True} | changes
+    options = {
+        "asked_to_stop": False,
+        "warning_s": 60,
+        "restarts": 3,
+        "lighter": "micro-batch 2 instead of 4",
+        "kept": True,
+    } | changes
     return classify(left, status, said, known or facts(), history or [], **options)
 
 
@@ -58,7 +64,7 @@ def test_facts_are_read() -> None:
         (ask((75, None), 0), "user", "exit"),  # a signal that nobody of ours and no limit sent
         (ask(None, 143, known=facts(state="COMPLETING")), "slurm", "leave"),
         (ask((1, "out of memory: CUDA out of memory. Tried to allocate 2 GiB"), 1, FAILED), "oom", "requeue"),
-        (ask((1, "out of memory: CUDA out of memory."), 1, FAILED, micro_batch=1), "oom", "exit"),
+        (ask((1, "out of memory: CUDA out of memory."), 1, FAILED, lighter=None), "oom", "exit"),
         (ask(None, 137, "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n" + KILLED), "host-oom", "exit"),
         (ask((1, "RuntimeError: Connection closed by peer [127.0.0.1]:34"), 137, KILLED), "node", "avoid"),
         (ask((1, "DistBackendError: NCCL error: unhandled system error"), 1, FAILED), "node", "avoid"),

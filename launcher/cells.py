@@ -1,0 +1,63 @@
+"""Which cells of method x layout x offload x optimizer x device cannot work whatever the memory, and why, in words.
+
+The one list of them: the planner refuses by it, so that nothing that cannot run reaches a rank. Each sentence names the limit and
+ends with what to choose instead. Left out: what fits (`strategies/memory.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .costing import Hardware, Layout, optimizer, quantized
+from .schema import TrainConfig
+
+ON_CPU = {
+    "paged-adamw-8bit": "a paged optimizer moves states between GPU and host memory, and on a CPU there is one memory; use adamw-8bit"
+}
+
+
+def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
+    """Why a cell cannot work at all; None when it can."""
+    return next(_reasons(config, hardware, method, layout), None)
+
+
+def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
+    name = optimizer(config)
+    if hardware.device == "cpu":
+        if config.model.attention == "flash_attention_2":
+            yield "flash_attention_2 needs a GPU; on a CPU leave model.attention on auto"
+        if name in ON_CPU:
+            yield ON_CPU[name]
+    yield from _layout(hardware, method, layout)
+    yield from _states(name, layout)
+    if quantized(config, method) == "int8":
+        yield from _int8(layout)
+
+
+def _layout(hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
+    if layout.parallel == "none" and hardware.ranks > 1:
+        yield f"parallel none is for one rank, and there are {hardware.ranks}"
+    if layout.parallel == "ddp" and hardware.ranks == 1:
+        yield "ddp keeps copies on several ranks in step, and there is one"
+    if layout.offload != "none" and layout.parallel == "ddp":
+        yield "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
+    if layout.offload != "none" and hardware.device == "cpu":
+        yield "on a CPU everything is in host memory already"
+    if layout.offload == "optimizer" and method != "full":
+        yield "adapters' optimizer states are small; there is nothing to gain from moving them to the host"
+
+
+def _states(name: str, layout: Layout) -> Iterator[str]:
+    """What an optimizer's states cannot be put through."""
+    if layout.offload != "none" and name == "paged-adamw-8bit":
+        yield "a paged optimizer lives in GPU memory and pages out by itself; it does not work on offloaded states"
+    if layout.offload != "none" and name != "adamw":
+        yield f"{name} steps where its states are, and offloaded states are on the CPU; use adamw, or no offload"
+
+
+def _int8(layout: Layout) -> Iterator[str]:
+    if layout.parallel in ("fsdp2", "zero3") or layout.offload != "none":
+        yield (
+            "LLM.int8 keeps the scales of its weights in the module that quantized them, and a shard of the bytes loses them; "
+            "use strategy.quant.type nf4, or ddp"
+        )
