@@ -109,18 +109,10 @@ def preflight(decided: Plan) -> Prepared | None:
         return None
     refuse_missing_trackers(decided.config)
     from ..training import load
-    from ..training.data import prepare
 
     folder = load.model_folder(decided.config.model, decided.model)
-    return prepare(
-        decided.config.data,
-        decided.config.objective,
-        tokenizer=load.load_tokenizer(folder, decided.config.model),
-        tokenizer_id=decided.config.model.name,
-        model_max_length=decided.model.max_position_embeddings,
-        cache_dir=load.cache_folder() / "data",
-        seed=decided.config.optimization.seed,
-    )
+    tokenizer = load.load_tokenizer(folder, decided.config.model)
+    return load.prepared_data(decided.config, decided.model, tokenizer)
 
 
 def can_read_data() -> bool:

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.debug:
             raise
         if isinstance(error, NothingFits) and getattr(options, "json", False):
-            _print_json(error.plan.public())
+            print_json(error.plan.public())
         print(f"trebuchet: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
@@ -86,6 +86,9 @@ def parser() -> argparse.ArgumentParser:
     cancel.add_argument("run", metavar="RUN")
     listing = verb("list", _list, "the runs of a folder", json=True)
     listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
+    from .after import add_verbs
+
+    add_verbs(verb)
     estimate = verb("estimate", _estimate, "memory of one or many strategies, from a file of requests")
     estimate.add_argument(
         "--json", metavar="FILE", required=True, dest="requests", help="a list of requests; - reads standard input"
@@ -102,7 +105,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
     if options.json:
-        _print_json(plan.public())
+        print_json(plan.public())
     else:
         print(render(plan), end="")
     return 0 if plan.feasible else 3
@@ -141,7 +144,7 @@ def _submit(options: argparse.Namespace) -> int:
         return 0
     handle = api.submit(options.config, cluster=options.cluster, overrides=options.overrides)
     if options.json:
-        _print_json(handle.model_dump(mode="json"))
+        print_json(handle.model_dump(mode="json"))
     else:
         print(f"{handle.run} is {handle.handle}; follow it with `trebuchet logs -f {handle.folder}`")
         if record.read(RunFolder(handle.folder))["data"] is None:
@@ -179,7 +182,7 @@ def _status(options: argparse.Namespace) -> int:
     api.current_state(folder)
     found = record.read(folder)
     if options.json:
-        _print_json({key: found[key] for key in ("run", "state", "step", "steps", "attempts", "exit_code", "error")})
+        print_json({key: found[key] for key in ("run", "state", "step", "steps", "attempts", "exit_code", "error")})
     else:
         print(status(folder, found))
     return 0
@@ -207,7 +210,7 @@ def _list(options: argparse.Namespace) -> int:
 
     found = runs_of(options.folder)
     if options.json:
-        _print_json(found)
+        print_json(found)
     else:
         print(listing(found, options.folder))
     return 0
@@ -232,7 +235,7 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         report = doctor()
     if options.json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         print(render(report), end="")
     return report.exit_code
@@ -241,11 +244,11 @@ def _doctor(options: argparse.Namespace) -> int:
 def _schema(options: argparse.Namespace) -> int:
     from .config import json_schema
 
-    _print_json(json_schema())
+    print_json(json_schema())
     return 0
 
 
-def _print_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=1, ensure_ascii=False))

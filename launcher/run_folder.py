@@ -57,6 +57,19 @@ class RunFolder:
         return self.root / "model"
 
     @property
+    def merged(self) -> Path:
+        """The adapter merged into its base; written by `trebuchet merge` only."""
+        return self.root / "merged"
+
+    @property
+    def exports(self) -> Path:
+        return self.root / "exports"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+    @property
     def trackers(self) -> Path:
         return self.root / "trackers"
 

@@ -45,8 +45,8 @@ def export(
     tokenizer.save_pretrained(beside)
     for licence in sorted(base.glob("LICENSE*")):
         shutil.copy(licence, beside / licence.name)
-    for file in beside.iterdir():  # safetensors writes for the owner alone; a model is for whoever may see the run
-        file.chmod(0o666 & ~umask())
+    for file in beside.iterdir():
+        readable(file)
     if folder.model.exists():
         shutil.rmtree(folder.model)
     os.replace(beside, folder.model)
@@ -58,6 +58,11 @@ def cast(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     a second time."""
     seen: dict[int, torch.Tensor] = {}
     return {name: seen.setdefault(t.data_ptr(), t.detach().to(dtype)) for name, t in net.state_dict().items()}
+
+
+def readable(file: Path) -> None:
+    """safetensors writes for the owner alone; a model is for whoever may see the run."""
+    file.chmod(0o666 & ~umask())
 
 
 def umask() -> int:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..launcher.errors import ModelError
 from ..launcher.model_spec import ModelSpec
-from ..launcher.schema import Model
+from ..launcher.schema import Model, TrainConfig
+from .data import Prepared, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*"]  # no pickles
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]  # no pickles
 
 
 def model_folder(model: Model, spec: ModelSpec) -> Path:
@@ -62,6 +63,19 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the tokenizer in {folder} does not open: {str(error).splitlines()[0]}") from None
+
+
+def prepared_data(config: TrainConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """The rows of a run, tokenized with the base's tokenizer; from the cache when they have been before."""
+    return prepare(
+        config.data,
+        config.objective,
+        tokenizer=tokenizer,
+        tokenizer_id=config.model.name,
+        model_max_length=spec.max_position_embeddings,
+        cache_dir=cache_folder() / "data",
+        seed=config.optimization.seed,
+    )
 
 
 def cache_folder() -> Path:

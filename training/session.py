@@ -17,8 +17,8 @@ from ..launcher.errors import JobFailed
 from ..strategies.layouts import place
 from ..strategies.prepare import Prepared, compute_dtype, prepare
 from . import evaluate, load
+from .adapter import digests
 from .data import Order
-from .data import prepare as prepare_data
 from .export import export
 from .loop import Loop
 from .optim import make_optimizer, make_schedule
@@ -37,15 +37,7 @@ class Session:
         )
         self.base: Path = load.model_folder(self.config.model, self.plan.model)
         self.tokenizer = load.load_tokenizer(self.base, self.config.model)
-        self.data = prepare_data(
-            self.config.data,
-            self.config.objective,
-            tokenizer=self.tokenizer,
-            tokenizer_id=self.config.model.name,
-            model_max_length=self.plan.model.max_position_embeddings,
-            cache_dir=load.cache_folder() / "data",
-            seed=self.config.optimization.seed,
-        )
+        self.data = load.prepared_data(self.config, self.plan.model, self.tokenizer)
         if self.data.chat_template:  # the model is saved with the template it was trained with
             self.tokenizer.chat_template = self.data.chat_template
 
@@ -213,6 +205,7 @@ class Session:
             }
             record.update(self.runtime.folder, evaluation=brief)
         path = export(self.runtime.folder, self.plan, self.base, loop.stepper.model_inside(), self.tokenizer)
+        record.update(self.runtime.folder, model_files=digests(path))
         self.say(f"the model is in {path}")
 
     def say(self, text: str) -> None:
