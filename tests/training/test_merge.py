@@ -225,7 +225,7 @@ def test_a_pickle_is_not_opened_unless_allowed(run_of: Callable[[str], Path]) ->
     torch.save({**tensors, "payload": Payload()}, run.folder.model / "adapter_model.bin")
     with pytest.raises(RunError, match="is a pickle"):
         merging.merge(run, run.folder.merged, merging.Options(changed=True))
-    with pytest.raises(Exception, match="(?i)weights.only"):  # what is not a tensor is refused by torch even then
+    with pytest.raises(Exception, match=r"(?i)weights.only"):  # what is not a tensor is refused by torch even then
         merging.merge(run, run.folder.merged, merging.Options(changed=True, allow_pickle=True))
     assert not (run.folder.root / "executed").exists()
     torch.save(tensors, run.folder.model / "adapter_model.bin")
