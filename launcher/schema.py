@@ -38,7 +38,7 @@ class Source(Section):
     path: str = Field(
         min_length=1, description="file (.json .jsonl .parquet .csv), folder saved by datasets, or Hub id"
     )
-    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text"] = Field(
+    format: Literal["auto", "messages", "prompt-completion", "alpaca", "sharegpt", "text", "preference", "kto"] = Field(
         "auto", description="layout of a row; auto: recognised from its columns"
     )
     subset: str | None = Field(None, description="configuration name of a Hub dataset")
@@ -66,6 +66,9 @@ EvalRows = Annotated[
 ]
 
 
+Role = Annotated[str, Field(min_length=1)]
+
+
 class Data(Section):
     train: Annotated[Sources, BeforeValidator(expand_sources)] = Field(description="training rows")
     eval: EvalRows = Field(
@@ -76,16 +79,79 @@ class Data(Section):
     chat_template: str | None = Field(
         None, description="a Jinja file, or a template by name; default: the tokenizer's own"
     )
-    train_on: Literal["assistant", "all"] = Field("assistant", description="which tokens carry loss")
+    train_on: Literal["assistant", "all"] | Annotated[tuple[Role, ...], Field(min_length=1)] = Field(
+        "assistant",
+        description="which tokens carry loss: the assistant's turns, all, or a list of roles; a message's own `train: false` or "
+        "`weight: 0` wins",
+    )
     max_truncated: float = Field(
         0.05, ge=0, le=1, description="largest share of samples that may be cut at max_length before the run refuses"
     )
 
 
+PREFERENCES = ("dpo", "orpo", "simpo", "cpo", "reward")  # objectives whose rows are pairs
+WITH_REFERENCE = ("dpo", "kto")
+
+
 class Objective(Section):
-    name: Literal["sft", "pretrain"] = Field(
-        "sft", description="sft: loss on the answer; pretrain: loss on every token of plain text"
+    name: Literal["sft", "pretrain", "dpo", "orpo", "simpo", "cpo", "kto", "reward"] = Field(
+        "sft",
+        description="sft: loss on the answer; pretrain: on every token of plain text; dpo, orpo, simpo, cpo: pairs of a chosen and "
+        "a rejected answer; kto: single answers with a label; reward: a score model from pairs",
     )
+    loss: Literal["sigmoid", "hinge", "ipo"] = Field("sigmoid", description="shape of the loss of a pair; dpo and cpo")
+    beta: Auto | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="strength of the comparison; auto: 0.1, for simpo 2.0"
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="share of pairs taken to be labelled the wrong way round; sigmoid loss of dpo and cpo",
+    )
+    gamma: float = Field(0.5, ge=0, description="margin that the chosen answer must win by; simpo")
+    sft_weight: Auto | Annotated[float, Field(ge=0)] = Field(
+        "auto",
+        description="weight of the loss on the chosen answer's tokens beside that of the pair; auto: 1.0 for cpo, else 0; dpo and cpo",
+    )
+    desirable_weight: float = Field(1.0, ge=0, description="weight of rows with label true; kto")
+    undesirable_weight: float = Field(1.0, ge=0, description="weight of rows with label false; kto")
+    center: float = Field(
+        0.0, ge=0, description="weight of the squared sum of the two scores, which keeps scores around 0; reward"
+    )
+    reference: Literal["auto", "adapters_off", "precomputed", "copy"] = Field(
+        "auto",
+        description="where the log-probabilities of the untrained model come from: its adapters switched off, computed once before "
+        "training, or a second copy in memory; auto: adapters_off for lora and qlora, precomputed for full; dpo and kto",
+    )
+
+    @property
+    def pairs(self) -> bool:
+        """A row is a chosen and a rejected answer, and counts as two in a forward pass."""
+        return self.name in PREFERENCES
+
+    @model_validator(mode="after")
+    def _only_what_applies(self) -> Objective:
+        """A key of another objective would be ignored without a word; the defaults, written out, do no harm."""
+        for key, names in _APPLIES.items():
+            if self.name not in names and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} belongs to {' and '.join(names)}; objective {self.name} has no such key")
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(f"label_smoothing belongs to loss sigmoid, not {self.loss}")
+        return self
+
+
+_APPLIES = {
+    "loss": ("dpo", "cpo"),
+    "beta": ("dpo", "orpo", "simpo", "cpo", "kto"),
+    "label_smoothing": ("dpo", "cpo"),
+    "gamma": ("simpo",),
+    "sft_weight": ("dpo", "cpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+    "center": ("reward",),
+    "reference": WITH_REFERENCE,
+}
 
 
 class Lora(Section):
@@ -120,7 +186,7 @@ class Optimization(Section):
     global_batch_size: int = Field(16, ge=1, description="rows per optimizer step over all ranks")
     micro_batch: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="rows per forward pass per rank")
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field(
-        "auto", description="auto: 2e-4 for adapters, 2e-5 for full"
+        "auto", description="auto: 2e-4 for adapters, 2e-5 for full; a tenth and less for preferences"
     )
     epochs: float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")

@@ -12,5 +12,19 @@ from .packing import pack
 from .prepare import Prepared, prepare
 from .report import DataReport, SetReport, SourceReport
 from .tokens import TokenSet
+from .units import JudgedSet, PairSet, Units
 
-__all__ = ["DataReport", "Order", "Prepared", "SetReport", "SourceReport", "TokenSet", "pack", "prepare", "share"]
+__all__ = [
+    "DataReport",
+    "JudgedSet",
+    "Order",
+    "PairSet",
+    "Prepared",
+    "SetReport",
+    "SourceReport",
+    "TokenSet",
+    "Units",
+    "pack",
+    "prepare",
+    "share",
+]

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ...launcher.errors import DataError
-from .layouts import Chat, Example, Plain
+from .preferences import Anything, Judged
 from .readers import RowError
 from .rendering import Renderer
 from .spans import Rendered, SpanFinder
+from .turns import Chat, Example, Plain
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +36,9 @@ class Encoder:
     """A tokenizer ready for batches: its own copy of the Rust tokenizer, without truncation or padding left over in
     the file."""
 
-    def __init__(self, tokenizer: Any, tokenizer_id: str, renderer: Renderer | None, *, train_on: str):
+    def __init__(
+        self, tokenizer: Any, tokenizer_id: str, renderer: Renderer | None, *, train_on: str | tuple[str, ...]
+    ):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"{tokenizer_id}: has no fast tokenizer (tokenizer.json), which the loss mask needs for its offsets."
@@ -46,6 +49,7 @@ class Encoder:
                 f"tokenizer_config.json."
             )
         self.name, self.renderer, self.train_on = tokenizer_id, renderer, train_on
+        self.roles = train_on if isinstance(train_on, tuple) else ("assistant",)
         self._tokenizer = tokenizer
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
@@ -99,7 +103,7 @@ class Encoder:
         for example, whole, prompt in zip(examples, wholes, prompts, strict=True):
             ids = whole if len(whole) and whole[-1] == self.eos else np.append(whole, np.int32(self.eos))
             mask = np.ones(len(ids), np.uint8)
-            if example.prompt and self.train_on == "assistant":
+            if example.prompt and self.train_on != "all":
                 mask[: _common_prefix(ids, prompt)] = 0
             mask[0] = 0
             out.append(Encoded(ids=ids, mask=mask, method="whole" if not example.prompt else "prefix", ends=True))
@@ -172,6 +176,23 @@ class Encoder:
             np.array(e.ids, dtype=np.int32)
             for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=True)
         ]
+
+
+def joined(sides: Sequence[Encoded], example: Anything) -> dict[str, Any]:
+    """What the store keeps of a row: one sample, or two, one behind the other.
+
+    Both answers of a pair begin at the same token, the first that either does not share with the prompt (as in TRL): else
+    one of them would be compared on a token that belongs to the other's prompt.
+    """
+    label = int(example.label) if isinstance(example, Judged) else -1
+    if len(sides) == 1:
+        return {"ids": sides[0].ids, "mask": sides[0].mask, "label": label}
+    if all(side.method == "prefix" for side in sides):
+        first = min(int(side.mask.argmax()) for side in sides)
+        for side in sides:
+            side.mask[max(first, 1) :] = 1
+    ids, mask = (np.concatenate(column) for column in ([s.ids for s in sides], [s.mask for s in sides]))
+    return {"ids": ids, "mask": mask, "split": len(sides[0].ids), "label": label}
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from itertools import islice
@@ -19,14 +20,16 @@ from typing import Any
 
 from ...launcher.errors import DataError
 from ...launcher.schema import Source
-from . import preflight
-from .encoding import Encoder
-from .layouts import Chat, Example, check_columns, convert, recognise, rename
+from . import preferences, preflight
+from .encoding import Encoded, Encoder, joined
+from .layouts import check_columns, convert, recognise, rename
+from .preferences import Anything, parts
 from .readers import RowError
 from .rendering import Renderer
 from .report import SourceReport
 from .store import Store, Writer, build_store
 from .tables import Numbered, Table, open_table
+from .turns import Chat
 
 _CHUNK = 1000  # rows tokenized in one call: 256 and 4,000 took the same CPU time per row (SmolLM2's tokenizer, 2 cores)
 _SHOWN = 3  # bad rows spelled out in an error
@@ -42,12 +45,12 @@ class Intake:
         tokenizer: Any,
         tokenizer_id: str,
         renderer: Renderer | None,
-        train_on: str,
-        pretrain: bool,
+        train_on: str | tuple[str, ...],
+        kind: str,
         cache: Path,
     ):
         self.tokenizer, self.tokenizer_id, self.renderer = tokenizer, tokenizer_id, renderer
-        self.train_on, self.pretrain, self.cache = train_on, pretrain, cache
+        self.train_on, self.kind, self.cache = train_on, kind, cache
         self.reports: list[SourceReport] = []
         self.cached = True
         self.template: Renderer | None = None  # the renderer, once some source needed it
@@ -55,7 +58,7 @@ class Intake:
             code_version(),
             _tokenizer_content(tokenizer),
             renderer.template if renderer else None,
-            (train_on, pretrain),
+            (train_on, kind),
             (version("tokenizers"), version("transformers")),
         )
 
@@ -97,18 +100,25 @@ class Intake:
         while chunk := list(islice(numbered, _CHUNK)):
             rows += len(chunk)
             layout = layout or self._layout(chunk, source, table)
-            examples = list(_examples(chunk, layout, source, bad))
-            results = encoder.encode([example for _, example, _ in examples])
-            for (number, example, keys), encoded in zip(examples, results, strict=True):
-                if isinstance(encoded, RowError):
-                    bad.add(number, encoded)
+            examples = list(_examples(chunk, layout, source, bad, encoder.roles))
+            results = iter(encoder.encode([part for _, example, _ in examples for part in parts(example)]))
+            for number, example, keys in examples:
+                sides = list(zip(parts(example), islice(results, len(parts(example))), strict=True))
+                if wrong := next((found for _, found in sides if isinstance(found, RowError)), None):
+                    bad.add(number, wrong)
                     continue
-                if not spans:
-                    encoder.check_agreement(example, encoded)
-                preflight.note_faults(faults, number, example, encoded, encoder)
-                spans[encoded.method] += 1
-                chats += isinstance(example, Chat)
-                writer.add(encoded.ids, encoded.mask, row=number, keys=keys)
+                for side, encoded in sides:
+                    assert isinstance(encoded, Encoded)  # the others went to `bad`
+                    if not spans:
+                        encoder.check_agreement(side, encoded)
+                    preflight.note_faults(faults, number, side, encoded, encoder)
+                    spans[encoded.method] += 1
+                    chats += isinstance(side, Chat)
+                writer.add(
+                    **joined([found for _, found in sides if isinstance(found, Encoded)], example),
+                    row=number,
+                    keys=keys,
+                )
         bad.raise_if_any(rows)
         preflight.check_empty(rows, table.name, ": it holds no rows")
         return {"layout": layout, "rows": rows, "chats": chats, "spans": dict(spans), "faults": faults}
@@ -121,19 +131,31 @@ class Intake:
         if missing := [theirs for theirs in source.columns.values() if theirs not in first]:
             found = ", ".join(sorted(first)) or "none"
             raise DataError(f"{table.name}: data columns: no column {missing[0]} in the first row, found: {found}.")
-        return recognise(rename(first, source.columns).keys(), source.format, pretrain=self.pretrain, source=table.name)
+        columns = rename(first, source.columns).keys()
+        if self.kind in ("preference", "kto"):
+            return preferences.recognise(columns, source.format, self.kind, table.name)
+        return recognise(columns, source.format, kind=self.kind, source=table.name)
 
 
 def _examples(
-    chunk: Sequence[Numbered], layout: str | None, source: Source, bad: _BadRows
-) -> Iterator[tuple[int, Example, tuple[int, int]]]:
+    chunk: Sequence[Numbered], layout: str | None, source: Source, bad: _BadRows, roles: tuple[str, ...]
+) -> Iterator[tuple[int, Anything, tuple[int, int]]]:
     """(number, sample, its keys) of the rows that are good; the others go to `bad`."""
     for number, row in chunk:
         try:
             if isinstance(row, RowError):
                 raise row
             assert layout is not None  # the first row that is a dict has decided it
-            example = convert(rename(row, source.columns), layout)
+            example: Anything
+            if layout == "preference" or layout.startswith("kto/"):
+                example = preferences.convert(rename(row, source.columns), layout)
+            else:
+                example = convert(rename(row, source.columns), layout)
+            if isinstance(example, Chat):
+                example = replace(example, roles=roles)
+            for part in parts(example):
+                if isinstance(part, Chat):
+                    part.check()
             yield number, example, example.keys()
         except RowError as error:
             bad.add(number, error)

@@ -6,20 +6,18 @@
     sharegpt            conversations: [{from, value}], optionally system, tools
     text                text
 
-The layout is recognised once for a source, from the columns of its first row; every later row must have it too. Left
-out: preference pairs and rows that are tokenized already.
+The layout is recognised once for a source, from the columns of its first row; every later row must have it too.
+Preference pairs and labelled answers are `preferences.py`'s. Left out: rows that are tokenized already.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ...launcher.errors import DataError, did_you_mean
 from .readers import RowError
+from .turns import Chat, Example, Plain, chat, decoded, speaker, text, turns_of
 
 REQUIRED = {
     "messages": ("messages",),
@@ -29,71 +27,22 @@ REQUIRED = {
     "text": ("text",),
 }
 OPTIONAL = {"messages": ("tools",), "alpaca": ("input", "system", "history"), "sharegpt": ("system", "tools")}
-OURS = sorted({name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names})
-_SPEAKERS = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-}
-_SPEAKERS |= {
-    "system": "system",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "function_call": "assistant",
-}
-
-Message = dict[str, Any]
+OURS = sorted(
+    {name for names in (*REQUIRED.values(), *OPTIONAL.values()) for name in names}
+    | {"chosen", "rejected", "label", "kto_tag"}
+)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chat:
-    """Turns for a chat template. Assistant turns before `first_trained` are context and carry no loss."""
-
-    messages: list[Message]
-    first_trained: int = 0
-    tools: list[Any] | None = None
-
-    def trained(self) -> list[int]:
-        """Indices of the turns that carry loss."""
-        return [i for i, m in enumerate(self.messages) if i >= self.first_trained and m["role"] == "assistant"]
-
-    def keys(self) -> tuple[int, int]:
-        """64-bit hashes of the prompt (all before the first trained turn) and of the whole."""
-        digest = _hash(self.tools) if self.tools else _hash()
-        first, prompt = self.trained()[0], 0
-        for i, message in enumerate(self.messages):
-            if i == first:
-                prompt = _number(digest)
-            digest.update(_bytes(message))
-        return prompt, _number(digest)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plain:
-    """Text without a template. An empty prompt means that all of it carries loss."""
-
-    prompt: str
-    completion: str
-
-    def keys(self) -> tuple[int, int]:
-        whole = _number(_hash(self.prompt, self.completion))
-        return (_number(_hash(self.prompt)) if self.prompt else whole), whole
-
-
-Example = Chat | Plain
-
-
-def recognise(columns: Collection[str], wanted: str, *, pretrain: bool, source: str) -> str:
-    """The layout's name. Raises DataError when the columns fit none, or not the one that was named."""
-    if pretrain:
+def recognise(columns: Collection[str], wanted: str, *, kind: str, source: str) -> str:
+    """The layout's name; `kind` of rows is sft or pretrain. Raises DataError when the columns fit none, or not the one
+    that was named."""
+    if kind == "pretrain":
         if wanted not in ("auto", "text"):
             raise DataError(f"{source}: objective pretrain reads plain text, not format {wanted}; set objective: sft.")
         wanted = "text"
     found = ", ".join(sorted(columns)) or "none"
+    if wanted not in ("auto", *REQUIRED):
+        raise DataError(f"{source}: format {wanted} is read by the objectives that compare answers, not by sft.")
     if wanted != "auto":
         if missing := [name for name in REQUIRED[wanted] if name not in columns]:
             raise DataError(
@@ -106,8 +55,8 @@ def recognise(columns: Collection[str], wanted: str, *, pretrain: bool, source: 
             return name
     if {"chosen", "rejected"} <= set(columns):
         raise DataError(
-            f"{source}: these are preference pairs (columns: {found}); objective sft reads messages, or prompt and "
-            f"completion: map them with columns: {{completion: chosen}}."
+            f"{source}: these are preference pairs (columns: {found}); set objective: dpo, or for sft on the chosen "
+            f"answers columns: {{completion: chosen}}."
         )
     layouts = "; ".join(f"{name}: {' + '.join(needed)}" for name, needed in REQUIRED.items())
     raise DataError(
@@ -140,13 +89,13 @@ def convert(row: Mapping[str, Any], layout: str) -> Example:
 
 
 def _messages(row: Mapping[str, Any]) -> Chat:
-    return _chat(_turns(row["messages"], "messages"), tools=row.get("tools"))
+    return chat(turns_of(row["messages"], "messages"), tools=row.get("tools"))
 
 
 def _prompt_completion(row: Mapping[str, Any]) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        parsed = _decoded(prompt), _decoded(completion)
+        parsed = decoded(prompt), decoded(completion)
         if all(isinstance(part, list) and all("role" in turn for turn in part) for part in parsed):
             prompt, completion = parsed  # lists of messages out of a CSV; any other JSON is text to be learnt
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -154,48 +103,43 @@ def _prompt_completion(row: Mapping[str, Any]) -> Example:
             raise RowError("completion is empty")
         return Plain(prompt=prompt, completion=completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _turns(prompt, "prompt") if prompt else []
-        return _chat(before + _turns(completion, "completion"), first_trained=len(before), tools=row.get("tools"))
+        before = turns_of(prompt, "prompt") if prompt else []
+        return chat(before + turns_of(completion, "completion"), first_trained=len(before), tools=row.get("tools"))
     raise RowError("prompt and completion must both be text or both be lists of messages")
 
 
 def _alpaca(row: Mapping[str, Any]) -> Chat:
-    turns = [{"role": "system", "content": _text(row["system"], "system")}] if row.get("system") else []
-    for pair in _decoded(row.get("history"), list) or []:
+    turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+    for pair in decoded(row.get("history"), list) or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RowError("history must be a list of [question, answer]")
         turns += [
-            {"role": "user", "content": _text(pair[0], "history")},
-            {"role": "assistant", "content": _text(pair[1], "history")},
+            {"role": "user", "content": text(pair[0], "history")},
+            {"role": "assistant", "content": text(pair[1], "history")},
         ]
-    question = _text(row["instruction"], "instruction")
+    question = text(row["instruction"], "instruction")
     if row.get("input"):
-        question += "\n\n" + _text(row["input"], "input")
-    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": _text(row["output"], "output")}]
-    return _chat(turns)
+        question += "\n\n" + text(row["input"], "input")
+    turns += [{"role": "user", "content": question}, {"role": "assistant", "content": text(row["output"], "output")}]
+    return chat(turns)
 
 
 def _sharegpt(row: Mapping[str, Any]) -> Chat:
-    talk = _decoded(row["conversations"])
+    talk = decoded(row["conversations"])
     if isinstance(talk, list) and talk and isinstance(talk[0], dict) and "role" in talk[0]:
-        return _chat(_turns(talk, "conversations"), tools=row.get("tools"))
+        return chat(turns_of(talk, "conversations"), tools=row.get("tools"))
     if not isinstance(talk, list):
         raise RowError("conversations must be a list")
-    turns = [{"role": "system", "content": _text(row["system"], "system")}] if row.get("system") else []
-    for i, turn in enumerate(talk, start=1):
-        if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            raise RowError(f"turn {i} of conversations needs from and value")
-        if turn["from"] not in _SPEAKERS:
-            raise RowError(f"turn {i} is from {turn['from']!r}; known: {', '.join(_SPEAKERS)}")
-        turns.append({"role": _SPEAKERS[turn["from"]], "content": _text(turn["value"], f"value of turn {i}")})
-    return _chat(turns, tools=row.get("tools"))
+    turns = [{"role": "system", "content": text(row["system"], "system")}] if row.get("system") else []
+    turns += [speaker(turn, i) for i, turn in enumerate(talk, start=1)]
+    return chat(turns, tools=row.get("tools"))
 
 
 def _plain_text(row: Mapping[str, Any]) -> Plain:
-    text = _text(row["text"], "text")
-    if not text.strip():
+    document = text(row["text"], "text")
+    if not document.strip():
         raise RowError("text is empty")
-    return Plain(prompt="", completion=text)
+    return Plain(prompt="", completion=document)
 
 
 _CONVERT = {
@@ -205,84 +149,3 @@ _CONVERT = {
     "sharegpt": _sharegpt,
     "text": _plain_text,
 }
-
-
-def _turns(value: Any, column: str) -> list[Message]:
-    """Checked copies of messages; keys that are null (Parquet fills them in) are left out."""
-    value = _decoded(value)
-    if not isinstance(value, list) or not value:
-        raise RowError(
-            f"{column} must be a list of messages" if not isinstance(value, list) else f"{column} is an empty list"
-        )
-    turns = []
-    for i, item in enumerate(value, start=1):
-        if not isinstance(item, dict) or not isinstance(item.get("role"), str):
-            raise RowError(f"message {i} of {column} needs a role and a content")
-        message = {key: part for key, part in item.items() if part is not None}
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_text_part(part, i) for part in content)
-        elif content is None and message.get("tool_calls"):
-            content = ""
-        elif not isinstance(content, str):
-            raise RowError(
-                f"message {i} ({item['role']}) has no content"
-                if content is None
-                else f"content of message {i} is not text"
-            )
-        turns.append(message | {"content": content})
-    return turns
-
-
-def _chat(turns: list[Message], first_trained: int = 0, tools: Any = None) -> Chat:
-    for i, message in enumerate(turns, start=1):
-        if message["role"] != "system" and not message["content"].strip() and not message.get("tool_calls"):
-            raise RowError(f"message {i} ({message['role']}) is empty")
-    tools = _decoded(tools) or None
-    if tools is not None and not isinstance(tools, list):
-        raise RowError("tools must be a list")
-    chat = Chat(messages=turns, first_trained=first_trained, tools=tools)
-    if not chat.trained():
-        raise RowError(
-            "no assistant turn" + (" in the completion" if first_trained else "") + ", so nothing to learn from"
-        )
-    return chat
-
-
-def _decoded(value: Any, of: type = dict) -> Any:
-    """CSV holds lists as JSON text; anything that is not a list of dicts (or lists) comes back as it is."""
-    if isinstance(value, str) and value[:1] == "[":
-        try:
-            parsed = json.loads(value)
-        except (json.JSONDecodeError, RecursionError):
-            return value
-        return parsed if isinstance(parsed, list) and all(isinstance(item, of) for item in parsed) else value
-    return value
-
-
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"{column} is not text")
-    return value
-
-
-def _text_part(part: Any, number: int) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    raise RowError(f"message {number} has a part that is not text")
-
-
-def _hash(*values: Any) -> Any:
-    digest = hashlib.blake2b(digest_size=8)
-    for value in values:
-        digest.update(_bytes(value))
-    return digest
-
-
-def _bytes(value: Any) -> bytes:
-    """Equal for values that are equal as JSON. Raises UnicodeEncodeError for half a surrogate pair."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str).encode("utf-8")
-
-
-def _number(digest: Any) -> int:
-    return int.from_bytes(digest.digest(), "little")

@@ -13,8 +13,8 @@ import numpy as np
 
 from ...launcher.errors import DataError
 from .encoding import Encoded, Encoder
-from .layouts import Chat, Example
 from .store import Store
+from .turns import Chat, Example
 
 Faults = dict[str, list[int]]  # kind -> [how many samples, row of the first]
 
@@ -24,7 +24,7 @@ def note_faults(faults: Faults, row: int, example: Example, encoded: Encoded, en
     ids, trained = encoded.ids, int(encoded.mask.sum())
     if trained == 0:
         _count(faults, "nothing_trained", row)
-    elif isinstance(example, Chat) and encoder.train_on == "assistant" and trained >= len(ids) - 1:
+    elif isinstance(example, Chat) and encoder.train_on != "all" and trained >= len(ids) - 1:
         _count(faults, "all_trained", row)
     if not encoded.ends:
         _count(faults, "no_end", row)

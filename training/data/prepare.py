@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from ...launcher.errors import ConfigError, DataError
 from ...launcher.schema import Data, Objective
 from . import preflight, selection
+from . import units as units_of
 from .intake import Intake, code_version, digest
 from .packing import Rows, pack
 from .rendering import find_template
 from .report import DataReport, SetReport, describe
 from .store import Store
 from .tokens import TokenSet
+from .units import Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +34,8 @@ class Prepared:
     the text of the template that was used, for the tokenizer that is saved with the model; None when no sample needed
     one."""
 
-    train: TokenSet
-    eval: TokenSet | None
+    train: Units
+    eval: Units | None
     train_rows: Rows
     eval_rows: Rows
     report: DataReport
@@ -57,28 +60,31 @@ def prepare(
     the configuration that would train something else than was asked for, and raises it again on the second call.
     """
     preflight.check_positions(data.max_length, model_max_length, tokenizer_id)
-    pretrain = objective.name == "pretrain"
+    kind = kind_of(objective)
+    pretrain = kind == "pretrain"
+    if kind in ("preference", "kto") and data.train_on != "assistant":
+        raise ConfigError([f"data.train_on: objective {objective.name} compares the assistant's answers; leave it out"])
     intake = Intake(
         tokenizer=tokenizer,
         tokenizer_id=tokenizer_id,
         renderer=None if pretrain else find_template(data.chat_template, tokenizer, tokenizer_id),
         train_on="all" if pretrain else data.train_on,
-        pretrain=pretrain,
+        kind=kind,
         cache=Path(cache_dir),
     )
     stores = [intake.store(source, "train") for source in data.train]
     own_eval = [] if isinstance(data.eval, float) else [intake.store(source, "eval") for source in data.eval]
     train, held, leaked, shared = _select(data, stores, own_eval, seed)
 
-    finish = partial(_finish, data=data, pretrain=pretrain, model_max_length=model_max_length, seed=seed)
-    train, train_rows, train_report = finish(train, "the training data")
-    held, eval_rows, eval_report = finish(held, "the held-out data") if held else (None, (), None)
+    finish = partial(_finish, data=data, objective=objective, model_max_length=model_max_length, seed=seed)
+    units, train_rows, train_report = finish(train, "the training data")
+    held_units, eval_rows, eval_report = finish(held, "the held-out data") if held else (None, (), None)
     fingerprint = digest(
         code_version(),
         [store.key for store in stores],
         [source.weight for source in data.train],
         data.eval if isinstance(data.eval, float) else [store.key for store in own_eval],
-        (data.max_length, data.packing, seed),
+        (data.max_length, data.packing, seed, kind),
     )
     report = DataReport(
         sources=tuple(intake.reports),
@@ -90,13 +96,13 @@ def prepare(
         eval=eval_report,
         leaked=leaked,
         shared_prompts=shared,
-        notes=tuple(_notes(train_report, eval_report, leaked, shared)),
+        notes=tuple([*_notes(train_report, eval_report, leaked, shared), *_label_notes(units, objective)]),
         fingerprint=fingerprint,
         cached=intake.cached,
     )
     return Prepared(
-        train=train,
-        eval=held,
+        train=units,
+        eval=held_units,
         train_rows=train_rows,
         eval_rows=eval_rows,
         report=report,
@@ -122,29 +128,69 @@ def _select(
     return train, held, leaked, shared
 
 
+def kind_of(objective: Objective) -> str:
+    """Of the rows that an objective reads: sft, pretrain, preference or kto."""
+    return "preference" if objective.pairs else objective.name
+
+
+def row_tokens(data: Data, objective: Objective) -> int:
+    """Tokens that a packed row has room for. A pair counts as two rows, and stands in one."""
+    return data.max_length * (2 if objective.pairs else 1)
+
+
 def _finish(
-    samples: TokenSet, what: str, *, data: Data, pretrain: bool, model_max_length: int | None, seed: int
-) -> tuple[TokenSet, Rows, SetReport]:
+    samples: TokenSet, what: str, *, data: Data, objective: Objective, model_max_length: int | None, seed: int
+) -> tuple[Units, Rows, SetReport]:
     """One set cut at max_length, checked for what only lengths can tell, packed and described."""
     duplicates = len(samples) - len(np.unique(selection.field(samples, "whole")))
     truncated = lost = split = 0
-    if pretrain:
-        samples, split = selection.split_documents(samples, data.max_length)
+    units: Units = units_of.pairs(samples) if objective.pairs else samples
+    if objective.name == "pretrain":
+        units, split = selection.split_documents(samples, data.max_length)
     else:
         preflight.check_truncation(
-            samples.lengths,
+            units.document_lengths,
             what=what,
             max_length=data.max_length,
             limit=data.max_truncated,
             model_max_length=model_max_length,
         )
-        samples, truncated, lost = selection.cut(samples, data.max_length)
+        units, truncated, lost = _cut(units, what, data, objective)
         preflight.check_empty(
-            len(samples), what, f": the prompts alone fill data.max_length {data.max_length} in all {lost:,} samples"
+            len(units), what, f": the prompts alone fill data.max_length {data.max_length} in all {lost:,} samples"
         )
-    rows = pack(samples.lengths, data.max_length, seed, packing=data.packing)
+    room = row_tokens(data, objective)
+    rows = pack(units.lengths, room, seed, packing=data.packing)
     counts = {"truncated": truncated, "lost": lost, "split": split, "duplicates": duplicates}
-    return samples, rows, describe(samples, rows, max_length=data.max_length, **counts)
+    return units, rows, describe(units, rows, max_length=room, **counts)
+
+
+def _cut(units: Units, what: str, data: Data, objective: Objective) -> tuple[Units, int, int]:
+    """(units, how many were cut, how many dropped). A score is read at the end of an answer, so reward drops what it would
+    have to cut, as TRL does."""
+    if isinstance(units, units_of.PairSet):
+        return units_of.cut_pairs(units, data.max_length, drop=objective.name == "reward")
+    assert isinstance(units, TokenSet)
+    if objective.name == "kto":
+        return units_of.judged(units, data.max_length, what)
+    return selection.cut(units, data.max_length)
+
+
+def _label_notes(units: Units, objective: Objective) -> Iterator[str]:
+    """KTO's authors advise weights that bring desirable to undesirable between 1:1 and 4:3 (Ethayarajh et al. 2024, eq. 8)."""
+    if not isinstance(units, units_of.JudgedSet):
+        return
+    good, bad = units_of.label_counts(units.labels)
+    if not good or not bad:
+        raise DataError(
+            f"the training data: all {len(units):,} rows have label {'true' if good else 'false'}, and kto learns from "
+            f"both. Bring rows of the other kind, or use objective: {'sft' if good else 'dpo, with pairs'}."
+        )
+    ratio = good * objective.desirable_weight / max(bad * objective.undesirable_weight, 1e-9)
+    yield f"{good:,} rows with label true, {bad:,} with label false"
+    if not 0.75 <= ratio <= 4 / 3 + 1e-9:
+        name, value = ("desirable_weight", bad / good) if good < bad else ("undesirable_weight", good / bad)
+        yield f"the weights of both labels are {ratio:.2g} to 1; objective.{name}: {value:.3g} would make them even"
 
 
 def _notes(train: SetReport, held: SetReport | None, leaked: int, shared: int) -> Iterator[str]:

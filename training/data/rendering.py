@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...launcher.errors import DataError, did_you_mean
-from .layouts import Chat, Message
 from .readers import RowError
+from .turns import Chat, Message
 
 # The .jinja files of this folder, with the tokens that must be single tokens of the tokenizer for them to make sense.
 NAMED: dict[str, tuple[str, ...]] = {"chatml": ("<|im_start|>", "<|im_end|>"), "alpaca": ()}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .packing import Rows
-from .tokens import TokenSet
+from .units import Units
 
 _SHOWN = ("min", "median", "mean", "p95", "max")
 
@@ -35,7 +35,7 @@ class SetReport:
 
     `truncated` samples lost their right end, `no_loss_left` were dropped because nothing trained remained, `split`
     documents became several samples (objective pretrain). `packing_efficiency` is tokens over rows x max_length.
-    `lengths` are tokens per sample; `histogram` is (upper limit in tokens, samples up to it and above the one
+    `lengths` are tokens per document (a pair is two); `histogram` is (upper limit in tokens, samples up to it and above the one
     before).
     """
 
@@ -61,7 +61,7 @@ class DataReport:
     template: str | None
     max_length: int
     packing: bool
-    train_on: str
+    train_on: str | tuple[str, ...]
     train: SetReport
     eval: SetReport | None
     leaked: int
@@ -86,10 +86,10 @@ class DataReport:
 
 
 def describe(
-    samples: TokenSet, rows: Rows, *, max_length: int, truncated: int, lost: int, split: int, duplicates: int
+    samples: Units, rows: Rows, *, max_length: int, truncated: int, lost: int, split: int, duplicates: int
 ) -> SetReport:
     """Counts of one set; `rows` is how it was packed."""
-    lengths = samples.lengths
+    lengths = samples.document_lengths
     tokens = int(lengths.sum())
     quantiles = (lengths.min(), np.median(lengths), lengths.mean(), np.quantile(lengths, 0.95), lengths.max())
     return SetReport(

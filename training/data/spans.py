@@ -18,12 +18,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from .layouts import Chat, Message
 from .readers import RowError
 from .rendering import Renderer
+from .turns import Chat, Message
 
 _WORD = "qZ{}xJw"
 _WORDS = re.compile(r"qZ(\d+)xJw")
@@ -47,7 +47,7 @@ class SpanFinder:
 
     def find(self, chats: Sequence[Chat]) -> list[Rendered | RowError]:
         """One result per chat, in order."""
-        if self.renderer.marks:
+        if self.renderer.marks and all(map(_answers_only, chats)):
             return [_by_generation(chat, self.renderer, self.specials) for chat in chats]
         texts = self.renderer.render([c.messages for c in chats], [c.tools for c in chats])
         out: dict[int, Rendered | RowError] = {}
@@ -64,18 +64,23 @@ class SpanFinder:
     def _fitted(self, chat: Chat, text: str) -> Rendered | None:
         if chat.tools or any(len(message) != 2 for message in chat.messages):
             return None  # tool calls, reasoning and names make skeletons of their own
-        key = (chat.first_trained, *((m["role"], bool(m["content"])) for m in chat.messages))
+        key = (*chat.trained(), None, *((m["role"], bool(m["content"])) for m in chat.messages))
         if key not in self._skeletons:
             self._skeletons[key] = _skeleton(chat, self.renderer, self.specials)
         skeleton = self._skeletons[key]
         return skeleton.fit(chat, text) if skeleton else None
 
 
+def _answers_only(chat: Chat) -> bool:
+    """Only what the generation prompt asks for is found by it, or marked by a template; other roles by their words."""
+    return all(chat.messages[i]["role"] == "assistant" for i in chat.trained())
+
+
 def one_by_one(
     chats: Sequence[Chat], texts: Sequence[str], renderer: Renderer, specials: tuple[str, ...]
 ) -> list[Rendered | RowError]:
     """Incremental, else sentinel, each row for itself; `texts` are the rendered chats."""
-    places = [(i, k) for i, chat in enumerate(chats) for k in chat.trained()]
+    places = [(i, k) for i, chat in enumerate(chats) if _answers_only(chat) for k in chat.trained()]
     tools = [chats[i].tools for i, _ in places]
     before = renderer.render([chats[i].messages[:k] for i, k in places], tools, prompt=True)
     inner = [(i, k) for i, k in places if k + 1 < len(chats[i].messages)]
@@ -88,7 +93,7 @@ def one_by_one(
         found[i] = None if span is None or spans is None else [*spans, span]
     out: list[Rendered | RowError] = []
     for i, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-        spans = found[i]
+        spans = found.get(i)
         if spans is not None:
             out.append(Rendered(text=text, spans=spans, method="incremental"))
         else:
@@ -138,9 +143,9 @@ def _by_generation(chat: Chat, renderer: Renderer, specials: tuple[str, ...]) ->
         return RowError(
             f"{renderer.origin} marks {len(blocks)} parts with {{% generation %}} for {len(turns)} assistant turns"
         )
-    spans = []
+    spans, trained = [], chat.trained()
     for turn, (start, stop) in zip(turns, blocks, strict=True):
-        if turn >= chat.first_trained:
+        if turn in trained:
             if chat.messages[turn]["content"].strip() not in text[start:stop]:
                 return RowError(f"the {{% generation %}} block of message {turn + 1} does not hold its content")
             spans.append((start, _end(text, start, stop, specials)))
@@ -174,7 +179,7 @@ class _Skeleton:
 
 def _words(chat: Chat) -> Chat:
     messages = [m | {"content": _WORD.format(i)} if m["content"] else m for i, m in enumerate(chat.messages)]
-    return Chat(messages=messages, first_trained=chat.first_trained, tools=chat.tools)
+    return replace(chat, messages=messages)
 
 
 def _skeleton(chat: Chat, renderer: Renderer, specials: tuple[str, ...]) -> _Skeleton | None:

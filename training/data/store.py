@@ -29,10 +29,11 @@ import numpy as np
 
 from ...launcher.errors import DataError
 
-# `row` is the line or row number in the source; the keys identify the prompt and the whole sample (64-bit hashes).
-SAMPLE = np.dtype(
-    [("offset", "<i8"), ("length", "<i4"), ("trained", "<i4"), ("row", "<i8"), ("prompt", "<u8"), ("whole", "<u8")]
-)
+# `row` is the line or row number in the source; the keys identify the prompt and the whole sample (64-bit hashes). `split`: the
+# sample is two, the second of which begins at that token (a rejected answer behind the chosen one); 0 where it is one. `label`: 1 or
+# 0 where the row has one, else -1.
+_FIELDS = {"offset": "<i8", "length": "<i4", "trained": "<i4", "row": "<i8", "prompt": "<u8", "whole": "<u8"}
+SAMPLE = np.dtype([*_FIELDS.items(), ("split", "<i4"), ("label", "<i4")])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,13 @@ class Writer:
         self._samples: IO[bytes] = (folder / "samples.bin").open("wb")
         self.samples = self.tokens = 0
 
-    def add(self, ids: np.ndarray, mask: np.ndarray, *, row: int, keys: tuple[int, int]) -> None:
+    def add(
+        self, ids: np.ndarray, mask: np.ndarray, *, row: int, keys: tuple[int, int], split: int = 0, label: int = -1
+    ) -> None:
         self._ids.write(ids.astype("<i4", copy=False).tobytes())
         self._mask.write(mask.tobytes())
-        self._samples.write(np.array((self.tokens, len(ids), int(mask.sum()), row, *keys), dtype=SAMPLE).tobytes())
+        record = (self.tokens, len(ids), int(mask.sum()), row, *keys, split, label)
+        self._samples.write(np.array(record, dtype=SAMPLE).tobytes())
         self.samples += 1
         self.tokens += len(ids)
 

@@ -12,6 +12,8 @@ import numpy as np
 
 from .store import Store
 
+Sample = tuple[np.ndarray, np.ndarray]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
@@ -32,7 +34,16 @@ class TokenSet:
         """int64 [N], tokens of each sample."""
         return self.stop - self.start
 
-    def sample(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """The same as `lengths`: a sample is one document."""
+        return self.lengths
+
+    def documents(self, i: int) -> list[Sample]:
+        """What the model reads for sample i."""
+        return [self.sample(i)]
+
+    def sample(self, i: int) -> Sample:
         """(ids int32 [T], mask uint8 [T]); mask[t]: token t carries loss. mask[0] is always 0. ids is a read-only
         view."""
         store, window = self.stores[self.source[i]], slice(self.start[i], self.stop[i])

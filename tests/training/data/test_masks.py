@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from trebuchet.launcher.errors import DataError
 from trebuchet.training.data.encoding import Encoder
-from trebuchet.training.data.layouts import Chat
+from trebuchet.training.data.turns import Chat
 from trebuchet.training.data.readers import RowError
 from trebuchet.training.data.rendering import find_template
 from trebuchet.training.data.spans import SpanFinder, one_by_one
