@@ -13,6 +13,18 @@ from .schema import TrainConfig
 RATES = {"full": (1e-6, 5e-5), "lora": (5e-5, 5e-4), "qlora": (5e-5, 3e-4)}
 
 
+COMPARING = {
+    "full": (1e-7, 1e-5),
+    "lora": (1e-6, 1e-4),
+    "qlora": (1e-6, 1e-4),
+}  # the defaults and recipes of TRL and the papers
+
+
+def rates(config: TrainConfig, method: str) -> tuple[float, float]:
+    """Learning rates between which the objective usually works."""
+    return (COMPARING if config.objective.name in ("dpo", "orpo", "simpo", "cpo", "kto") else RATES)[method]
+
+
 def advice(config: TrainConfig, model: ModelSpec, ranks: int, chosen: Chosen | None, examples: int | None) -> list[str]:
     """Sentences; empty when nothing is out of the ordinary."""
     return list(_data(config, examples)) + list(_settings(config, model, ranks, chosen))
@@ -51,9 +63,18 @@ def _settings(config: TrainConfig, model: ModelSpec, ranks: int, chosen: Chosen 
         out.append(
             f"data.max_length {config.data.max_length} is longer than the model's {model.max_position_embeddings} positions."
         )
+    objective = config.objective
+    if objective.name == "kto" and optimization.global_batch_size < 8:
+        out.append(
+            f"kto estimates how far the model has moved from the {optimization.global_batch_size} rows of a batch; 16 and more are usual."
+        )
+    if objective.reference == "copy":
+        out.append("objective.reference copy holds the model twice; precomputed gives the same numbers without it.")
+    if objective.name == "orpo" and config.strategy.method == "full":
+        out.append("orpo has no reference that holds it back: 5e-6 to 8e-6 are usual rates for it in full fine-tuning.")
     if chosen is None:
         return out
-    low, high = RATES[chosen.method]
+    low, high = rates(config, chosen.method)
     if not low <= chosen.learning_rate <= high:
         side = "forgets" if chosen.learning_rate > high else "hardly learns"
         out.append(

@@ -30,6 +30,7 @@ def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layou
             yield ON_CPU[name]
     yield from _layout(hardware, method, layout)
     yield from _states(name, layout)
+    yield from _reference(config.objective.reference_for(method), method, layout)
     if quantized(config, method) == "int8":
         yield from _int8(layout)
 
@@ -53,6 +54,13 @@ def _states(name: str, layout: Layout) -> Iterator[str]:
         yield "a paged optimizer lives in GPU memory and pages out by itself; it does not work on offloaded states"
     if layout.offload != "none" and name != "adamw":
         yield f"{name} steps where its states are, and offloaded states are on the CPU; use adamw, or no offload"
+
+
+def _reference(reference: str | None, method: str, layout: Layout) -> Iterator[str]:
+    if reference == "adapters_off" and method == "full":
+        yield "objective.reference adapters_off needs adapters; full fine-tuning takes precomputed or copy"
+    if reference == "copy" and layout.parallel in ("fsdp2", "zero3"):
+        yield f"a second copy is not sharded under {layout.parallel}; set objective.reference: precomputed"
 
 
 def _int8(layout: Layout) -> Iterator[str]:

@@ -56,6 +56,8 @@ def request(
         model=dims(model),
         method="lora8" if quantized(config, method) == "int8" else method,
         double_quant=config.strategy.quant.double if quantized(config, method) == "nf4" else None,
+        objective={"pretrain": "sft"}.get(config.objective.name, config.objective.name),
+        reference=config.objective.reference_for(method) or "auto",
         lora_r=None if method == "full" else config.strategy.lora.r,
         lora_targets=None if method == "full" else targets(config),
         lora_dropout=config.strategy.lora.dropout,
@@ -149,7 +151,8 @@ def total_tokens(config: TrainConfig, tokens: int | None) -> int | None:
     """Tokens that the run sees. With `max_steps` and packing the rows are full; else it follows from one pass over the data."""
     steps = config.optimization.max_steps
     if steps is not None:
-        full = steps * config.optimization.global_batch_size * config.data.max_length
+        rows = steps * config.optimization.global_batch_size * (2 if config.objective.pairs else 1)
+        full = rows * config.data.max_length
         return full if config.data.packing else None
     return None if tokens is None else round(tokens * config.optimization.epochs)
 

@@ -28,9 +28,17 @@ from .schema import TrainConfig
 METHODS = ("full", "lora", "qlora")
 CHECKPOINTING = ("none", "selective", "full")
 LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
+# Objectives that compare answers drift apart at such rates: the defaults of TRL for full fine-tuning, ten times that for adapters.
+COMPARING_RATE = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
+REWARD_RATE = {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4}
 # Tokens per forward pass beyond which a step gets no faster: matrix products are large enough on a GPU; on a CPU the working set
 # outgrows the cache (4,096 was no faster than 2,048 tokens on 2 cores).
 MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
+REFERENCES = {
+    "adapters_off": "reference: the same base with its adapters off; no memory, one more forward pass a step",
+    "precomputed": "reference: log-probabilities computed once before the first step; no memory, no time per step",
+    "copy": "reference: a second copy of the model, frozen, which counts among the weights; one more forward pass a step",
+}
 # Kept free on a GPU: the formula's mean error on published measurements is 2 % (docs/accuracy.md), and a run that has to empty the
 # allocator's cache in every step crawls.
 GPU_MARGIN = 0.97
@@ -157,7 +165,7 @@ def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
     if isinstance(wanted, int):
         return [wanted]
     rows = max(1, config.optimization.global_batch_size // hardware.ranks)
-    most = max(1, MICRO_TOKENS[hardware.device] // config.data.max_length)
+    most = max(1, MICRO_TOKENS[hardware.device] // (config.data.max_length * (2 if config.objective.pairs else 1)))
     return [m for m in (2**i for i in range(10, -1, -1)) if m <= most and rows % m == 0]
 
 
@@ -182,7 +190,7 @@ def choose(
         "optimizer": optimizer(config),
         "precision": precision(config, hardware),
         "attention": attention(config),
-        "learning_rate": LEARNING_RATE[method] if rate == "auto" else rate,
+        "learning_rate": usual_rate(config, method) if rate == "auto" else rate,
         "micro_batch": micro,
         "accumulation": accumulate(config, hardware, micro),
         "device": hardware.device,
@@ -192,6 +200,11 @@ def choose(
         "cost": None,
     }
     return Chosen.model_validate(values)
+
+
+def usual_rate(config: TrainConfig, method: str) -> float:
+    name = config.objective.name
+    return {"sft": LEARNING_RATE, "pretrain": LEARNING_RATE, "reward": REWARD_RATE}.get(name, COMPARING_RATE)[method]
 
 
 def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, rejected: list[Rejected]) -> list[str]:
@@ -212,7 +225,15 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, rejected: l
         f"rank{'s' if chosen.ranks > 1 else ''}; activation checkpointing {chosen.checkpointing}"
     )
     if config.optimization.learning_rate == "auto":
-        out.append(f"learning rate {chosen.learning_rate:g}: the usual one for {chosen.method}")
+        what = (
+            chosen.method
+            if config.objective.name in ("sft", "pretrain")
+            else f"{config.objective.name} with {chosen.method}"
+        )
+        out.append(f"learning rate {chosen.learning_rate:g}: the usual one for {what}")
+    reference = config.objective.reference_for(chosen.method)
+    if reference is not None:
+        out.append(REFERENCES[reference])
     return out
 
 

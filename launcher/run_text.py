@@ -11,6 +11,9 @@ from . import backends, record
 from .errors import RunError
 from .run_folder import RunFolder
 
+# Besides the loss, where the objective has them: how they are written.
+FIGURES = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", "margin": "{:.3f}"}
+
 
 def runs_of(folder: str) -> list[dict[str, Any]]:
     """One entry per run folder below `folder`, oldest first; runs whose process is gone are closed on the way."""
@@ -101,9 +104,13 @@ def comparison(figures: dict[str, Any]) -> list[str]:
         change = (after["loss"] - before["loss"]) / before["loss"]
         lines.append("held-out        before    after")
         lines.append(f"  loss        {before['loss']:8.3f} {after['loss']:8.3f}   {change:+.1%}")
-        lines.append(f"  perplexity  {before['perplexity']:8.2f} {after['perplexity']:8.2f}")
+        for name, form in FIGURES.items():
+            if name in before and name in after:
+                cells = [form.format(values[name]).rjust(8) for values in (before, after)]
+                lines.append(f"  {name:<11} {cells[0]} {cells[1]}")
     else:
-        lines.append(f"held-out loss {after['loss']:.3f}, perplexity {after['perplexity']:.2f}")
+        others = [f", {name} {form.format(after[name])}" for name, form in FIGURES.items() if name in after]
+        lines.append(f"held-out loss {after['loss']:.3f}{''.join(others)}")
     return [*lines, ""]
 
 

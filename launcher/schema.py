@@ -126,6 +126,25 @@ class Objective(Section):
     )
 
     @property
+    def beta_value(self) -> float:
+        return (2.0 if self.name == "simpo" else 0.1) if self.beta == "auto" else self.beta
+
+    @property
+    def sft_weight_value(self) -> float:
+        """orpo is that loss plus beta times the odds ratio's; simpo and reward have none."""
+        if self.name == "orpo":
+            return 1.0
+        return (1.0 if self.name == "cpo" else 0.0) if self.sft_weight == "auto" else self.sft_weight
+
+    def reference_for(self, method: str) -> str | None:
+        """adapters_off, precomputed or copy for a method (full, lora, qlora); None for an objective without a reference."""
+        if self.name not in WITH_REFERENCE:
+            return None
+        if self.reference == "auto":
+            return "precomputed" if method == "full" else "adapters_off"
+        return self.reference
+
+    @property
     def pairs(self) -> bool:
         """A row is a chosen and a rejected answer, and counts as two in a forward pass."""
         return self.name in PREFERENCES

@@ -16,7 +16,8 @@ from typing import Any
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "method": ("full", "lora", "qlora", "lora8"),
-    "objective": ("sft", "dpo", "ipo", "orpo", "simpo", "kto"),
+    "objective": ("sft", "dpo", "ipo", "orpo", "simpo", "cpo", "kto", "reward"),
+    "reference": ("auto", "adapters_off", "precomputed", "copy"),
     "precision": ("bf16", "fp16", "fp32", "bf16-mixed", "fp16-mixed"),
     "optimizer": ("adamw", "adamw-foreach", "adamw-8bit", "paged-adamw-8bit", "sgd"),
     "parallel": ("none", "ddp", "fsdp1", "fsdp2", "zero2", "zero3"),
@@ -27,6 +28,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 ALIASES = {"accumulation": "grad_accum"}  # as a plan spells it
+PAIRED = ("dpo", "ipo", "orpo", "simpo", "cpo", "reward")
 SHARDED = ("fsdp1", "fsdp2", "zero3")
 
 
@@ -151,6 +153,7 @@ class MemoryRequest:
     model: ModelDims
     method: str = "full"
     objective: str = "sft"
+    reference: str = "auto"
     double_quant: bool | None = None
     lora_r: int | None = None
     lora_targets: tuple[str, ...] | None = None
@@ -196,7 +199,7 @@ class MemoryRequest:
     @property
     def rows(self) -> int:
         """Rows in one forward pass: a preference pair is two."""
-        return self.micro_batch * (2 if self.objective in ("dpo", "ipo", "orpo", "simpo") else 1)
+        return self.micro_batch * (2 if self.objective in PAIRED else 1)
 
     @property
     def tokens(self) -> int:
@@ -210,8 +213,10 @@ class MemoryRequest:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the objective compares with a frozen second copy; with adapters the base itself serves."""
-        return self.objective in ("dpo", "ipo", "kto") and not self.adapters
+        """Whether a frozen second copy is in memory. `reference` auto, as in most programs: for full fine-tuning yes, with
+        adapters the base itself serves; precomputed log-probabilities take none."""
+        compared = self.objective in ("dpo", "ipo", "kto")
+        return compared and (self.reference == "copy" or (self.reference == "auto" and not self.adapters))
 
     @property
     def local_ranks(self) -> int:

@@ -152,11 +152,12 @@ def _weights(r: MemoryRequest, n: int) -> int:
         reference = m.total_params * compute_width(r) if r.needs_reference else 0
         return (m.total_params * trainable_width(r) + reference) // n
     cut, whole = base_linear_width(r)
+    copies = 2 if r.needs_reference else 1
     linear = m.num_layers * m.block_quantized_params
     other = m.total_params - linear
     litgpt = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
     head = m.head_params if litgpt else 0  # LitGPT's 4-bit plug-in replaces the head too
-    return int((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n)
+    return int(copies * ((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n))
 
 
 def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:

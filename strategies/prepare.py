@@ -39,22 +39,45 @@ def storage_dtype(chosen: Chosen) -> torch.dtype:
 
 
 def prepare(
-    folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device, seed: int
+    folder: Path,
+    model: Model,
+    strategy: StrategyChoice,
+    chosen: Chosen,
+    device: torch.device,
+    seed: int,
+    *,
+    score: bool = False,
 ) -> Prepared:
-    """Reads the Hugging Face folder and returns the model on `device`, ready for the loop.
+    """Reads the Hugging Face folder and returns the model on `device`, ready for the loop. `score`: with a fresh score head
+    in place of the one over the vocabulary (reward models).
 
     Raises what the libraries raise; a model that the plan let through and that does not load is a failed job, not bad input.
     """
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
-    net = _load(folder, model, strategy, chosen, device)
+    net = _load(folder, model, strategy, chosen, device, score)
+    if score:
+        from .score import add_score_places, start_scores_small
+
+        start_scores_small(add_score_places(net), seed)
     net.config.use_cache = False  # with the cache on, packed samples attend to each other (transformers 5.23, measured)
     if chosen.method != "full":
-        net = _adapt(net, strategy)
+        net = _adapt(net, strategy, score)
     report = _patch(net, strategy)
     if chosen.checkpointing != "none":
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return Prepared(model=net, kernels=report, trainable=trainable, total=sum(map(_weights, net.parameters())))
+
+
+def prepare_frozen(
+    folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device
+) -> torch.nn.Module:
+    """The untrained model a second time, to compare with: in the compute dtype, quantized where the trained one is."""
+    same = chosen if chosen.method == "qlora" else chosen.model_copy(update={"method": "lora"})
+    net = _load(folder, model, strategy, same, device, False)
+    net.config.use_cache = False
+    _patch(net, strategy)
+    return net
 
 
 def _weights(parameter: torch.nn.Parameter) -> int:
@@ -63,8 +86,10 @@ def _weights(parameter: torch.nn.Parameter) -> int:
     return parameter.numel() if state is None else state.shape.numel()
 
 
-def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _load(
+    folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, device: torch.device, score: bool
+) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": storage_dtype(chosen), "attn_implementation": ATTENTION[chosen.attention]}
     if chosen.method == "qlora":
@@ -79,7 +104,10 @@ def _load(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, 
             )
         )
         options["device_map"] = {"": device}
-    net: Any = AutoModelForCausalLM.from_pretrained(
+    if score:
+        options["num_labels"] = 1
+    kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+    net: Any = kind.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=model.trust_remote_code, **options
     )
     if chosen.method == "qlora":
@@ -96,7 +124,7 @@ def _keep_training_layout(net: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _adapt(net: Any, strategy: StrategyChoice) -> Any:
+def _adapt(net: Any, strategy: StrategyChoice, score: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = strategy.lora
@@ -104,9 +132,17 @@ def _adapt(net: Any, strategy: StrategyChoice) -> Any:
         parameter.requires_grad_(False)
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="SEQ_CLS" if score else "CAUSAL_LM",  # which also trains the score head whole
     )
-    return get_peft_model(net, config)  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
+    made = get_peft_model(net, config)
+    for parameter in made.parameters():
+        if parameter.requires_grad:  # the copy of a score head comes in the dtype of the base
+            parameter.data = parameter.data.float()
+    return made  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
 
 
 def _patch(net: Any, strategy: StrategyChoice) -> KernelReport | None:

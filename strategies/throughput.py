@@ -113,8 +113,12 @@ def flops_per_token(r: MemoryRequest) -> tuple[float, float]:
     model = 4.0 * (block + head) + 3 * scores + weights + adapters
     share = {"none": 0.0, "selective": 0.5, "full": 1.0}[r.checkpointing]
     again = share * (2.0 * block + scores) + (2.0 * head if r.kernels == "trebuchet" else 0.0)
-    reference = 2.0 * (block + head) + scores if r.objective in ("dpo", "ipo", "kto") else 0.0
-    return model + reference, model + reference + again
+    forward = 2.0 * (block + head) + scores
+    # The reference's pass; KTO reads each prompt with the answer to another one too, by both models. What was precomputed costs
+    # one pass before the first step, which is not counted.
+    compared, kept = r.objective in ("dpo", "ipo", "kto"), r.reference == "precomputed"
+    passes = (1 if r.objective == "kto" else 0) + (0 if kept else 2 if r.objective == "kto" else 1 if compared else 0)
+    return model + passes * forward, model + passes * forward + again
 
 
 def _step(r: MemoryRequest, hw: Hardware, flops: float, efficiency: float) -> dict[str, float]:

@@ -16,9 +16,8 @@ from ..launcher import record
 from ..launcher.errors import RunError
 from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
-from .data import Order, TokenSet, share
-from .data.collate import collate
-from .evaluate import HeldOut, held_out_loss
+from .data import Order, Units, share
+from .evaluate import HeldOut, held_out_loss, in_words
 from .progress import Progress
 from .runtime import Runtime
 from .step import Stepper
@@ -33,8 +32,9 @@ WIDTH = 64
 class Loop:
     runtime: Runtime
     stepper: Stepper
-    samples: TokenSet
-    rows: Sequence[Sequence[int]]  # sample indices of each packed row
+    units: Units
+    rows: Sequence[Sequence[int]]  # units of each packed row
+    packing: bool
     order: Order
     held_out: HeldOut | None
     micro_batch: int
@@ -115,19 +115,18 @@ class Loop:
         self.step_s = max(self.step_s, seconds)
         values = {**asdict(result), "epoch": round(self.order.epoch(step + 1), 4)}
         values["lr"] = values.pop("learning_rate")
+        values |= values.pop("figures")
         progress.step(step + 1, values, seconds)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Any]:
-        samples = [[self.samples.sample(i) for i in self.rows[row]] for row in rows]
-        return collate(samples, pad_id=self.pad_id, pad_to_multiple_of=WIDTH)
+        units = [self.rows[row] for row in rows]
+        return self.stepper.objective.collate(self.units, units, packing=self.packing, pad_id=self.pad_id, width=WIDTH)
 
     def evaluate(self, done: int, progress: Progress) -> None:
         assert self.held_out is not None
         found = held_out_loss(self.stepper, self.held_out, self.pad_id)
-        progress.write({"step": done, "eval_loss": found["loss"], "eval_perplexity": found["perplexity"]})
-        progress.say(
-            f"step {done}/{self.order.steps}  held-out loss {found['loss']:.3f}  perplexity {found['perplexity']:.2f}"
-        )
+        progress.write({"step": done, **{f"eval_{name}": value for name, value in found.items() if name != "tokens"}})
+        progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}")
 
     def save(self, done: int) -> None:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}

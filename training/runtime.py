@@ -52,6 +52,14 @@ class Runtime:
         dist.all_reduce(tensor)
         return tensor.tolist()
 
+    def most(self, *values: int) -> list[int]:
+        """The largest of each value over all ranks."""
+        if self.world == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [int(v) for v in tensor.tolist()]
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

@@ -15,13 +15,16 @@ import torch
 from ..launcher import record
 from ..launcher.errors import JobFailed
 from ..strategies.layouts import place
-from ..strategies.prepare import Prepared, compute_dtype, prepare
+from ..strategies.prepare import Prepared, compute_dtype, prepare, prepare_frozen
 from . import evaluate, load
 from .adapter import digests
-from .data import Order
+from .data import Order, Units
+from .data.prepare import row_tokens
 from .export import export
 from .loop import Loop
+from .objectives import make as make_objective
 from .optim import make_optimizer, make_schedule
+from .reference import AdaptersOff, Copy, Precomputed, precompute
 from .runtime import Runtime
 from .step import Stepper
 
@@ -42,14 +45,7 @@ class Session:
             self.tokenizer.chat_template = self.data.chat_template
 
     def run(self) -> bool:
-        prepared = prepare(
-            self.base,
-            self.config.model,
-            self.config.strategy,
-            self.chosen,
-            self.runtime.device,
-            self.config.optimization.seed,
-        )
+        prepared = self.prepared()
         self.report(prepared)
         # Adapters had to start equal on all ranks; dropout masks from here on must not be.
         torch.manual_seed(self.config.optimization.seed + self.runtime.rank)
@@ -63,6 +59,21 @@ class Session:
             self.finish(loop, before, after)
         self.runtime.barrier()
         return True
+
+    def prepared(self) -> Prepared:
+        score = self.config.objective.name == "reward"
+        prepared = prepare(
+            self.base,
+            self.config.model,
+            self.config.strategy,
+            self.chosen,
+            self.runtime.device,
+            self.config.optimization.seed,
+            score=score,
+        )
+        if score and prepared.model.config.pad_token_id is None:  # a score model is asked with several rows at once
+            prepared.model.config.pad_token_id = self.pad_id
+        return prepared
 
     def loop(self, prepared: Prepared) -> Loop:
         config, chosen, optimization = self.config, self.chosen, self.config.optimization
@@ -81,19 +92,21 @@ class Session:
             runtime=self.runtime,
             layout=layout,
             schedule=make_schedule(layout.optimizer, optimization, order.steps),
-            objective=config.objective.name,
+            objective=make_objective(config.objective),
             kernels=prepared.kernels is not None,
             autocast=None if dtype == torch.float32 else dtype,
             max_grad_norm=optimization.max_grad_norm,
             scaler=torch.amp.GradScaler(self.runtime.device.type) if dtype == torch.float16 else None,
         )
+        train, held_out = self.with_reference(stepper)
         return Loop(
             runtime=self.runtime,
             stepper=stepper,
-            samples=self.data.train,
+            units=train,
             rows=rows,
+            packing=config.data.packing,
             order=order,
-            held_out=self.held_out(),
+            held_out=held_out,
             micro_batch=chosen.micro_batch,
             pad_id=self.pad_id,
             evaluation=config.evaluation,
@@ -111,17 +124,38 @@ class Session:
         chosen, decay = self.chosen, self.config.optimization.weight_decay
         return make_optimizer(model.named_parameters(), chosen.optimizer, chosen.learning_rate, decay)
 
-    def held_out(self) -> evaluate.HeldOut | None:
-        if self.data.eval is None or len(self.data.eval) == 0:
+    def with_reference(self, stepper: Stepper) -> tuple[Units, evaluate.HeldOut | None]:
+        """Training units and held-out rows, and the objective's reference where it has one. Called before a checkpoint is
+        loaded: the model is still the one that is compared with."""
+        kind = self.config.objective.reference_for(self.chosen.method)
+        train, held = self.data.train, self.data.eval
+        if kind == "adapters_off":
+            stepper.objective.reference = AdaptersOff()
+        elif kind == "copy":
+            stepper.objective.reference = Copy(
+                prepare_frozen(self.base, self.config.model, self.config.strategy, self.chosen, self.runtime.device)
+            )
+        elif kind == "precomputed":
+            stepper.objective.reference = Precomputed()
+            train, held = precompute(self, stepper)
+        return train, self.held_out(held)
+
+    def held_out(self, units: Units | None) -> evaluate.HeldOut | None:
+        if units is None or len(units) == 0:
             return None
         data = self.config.data
         return evaluate.HeldOut(
-            self.data.eval,
-            max_length=data.max_length,
+            units,
+            room=row_tokens(data, self.config.objective),
             packing=data.packing,
             micro_batch=self.chosen.micro_batch,
             max_rows=self.config.evaluation.max_rows,
         )
+
+    @property
+    def generations(self) -> int:
+        """A score model writes nothing."""
+        return 0 if self.config.objective.name == "reward" else self.config.evaluation.generations
 
     @property
     def pad_id(self) -> int:
@@ -170,7 +204,7 @@ class Session:
         found = self.measure(loop)
         if self.runtime.main and found:
             record.write_atomically(path, json.dumps({"before": found}, ensure_ascii=False, indent=1))
-            self.say(f"before training: held-out loss {found['loss']:.3f}, perplexity {found['perplexity']:.2f}")
+            self.say(f"before training: held-out {evaluate.in_words(found)}")
         self.runtime.barrier()
         return found
 
@@ -180,7 +214,7 @@ class Session:
             return None
         found: dict[str, Any] = evaluate.held_out_loss(loop.stepper, loop.held_out, self.pad_id)
         if self.runtime.main:
-            prompts = loop.held_out.prompts(self.config.evaluation.generations)
+            prompts = loop.held_out.prompts(self.generations)
             found["answers"] = evaluate.answers(
                 loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens
             )
@@ -190,7 +224,7 @@ class Session:
     def finish(self, loop: Loop, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
         """Evaluation into the record and onto the screen, then the folder that users load."""
         if after is not None and loop.held_out is not None:
-            prompts = loop.held_out.prompts(self.config.evaluation.generations)
+            prompts = loop.held_out.prompts(self.generations)
             decode = lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
             samples = [{"prompt": decode(p), "reference": decode(r)} for p, r in prompts]
             for i, sample in enumerate(samples):

@@ -1,26 +1,27 @@
-"""One optimizer step, exact: the gradient is that of the mean loss over the trained tokens of the whole global batch.
+"""One optimizer step, exact: the gradient is that of the mean loss over the trained tokens (pairs, rows) of the global batch.
 
-Whatever the number of ranks and micro-batches: each micro-batch contributes its *sum* of token losses, divided once by the
-number of trained tokens of the global batch (known before the first forward). The usual bug, a mean per micro-batch, is off by a
-factor of up to two in the gradient on uneven lengths (measured).
+Whatever the number of ranks and micro-batches: each micro-batch contributes its *sum* of losses, divided once by what the whole
+global batch holds (known before the first forward). The usual bug, a mean per micro-batch, is off by a factor of up to two in the
+gradient on uneven lengths (measured).
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..strategies.layouts import Layout
-from .objectives import LOSSES
+from .objectives import Objective, Outcome
 from .runtime import Runtime
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class StepResult:
     learning_rate: float
     tokens: int
     trained_tokens: int
+    figures: Mapping[str, float] = field(default_factory=dict)  # what else the objective tells: accuracy, margin, …
 
 
 @dataclass
@@ -37,7 +39,7 @@ class Stepper:
     runtime: Runtime
     layout: Layout
     schedule: LRScheduler
-    objective: str
+    objective: Objective
     kernels: bool
     autocast: torch.dtype | None
     max_grad_norm: float
@@ -50,17 +52,20 @@ class Stepper:
         """
         tokens = sum(int(b["num_tokens"]) for b in batches)
         trained = sum(int(b["num_trained"]) for b in batches)
-        all_tokens, all_trained = self.runtime.total(tokens, trained)
-        scale = self.runtime.world / max(
-            all_trained, 1
-        )  # every layout averages gradients over ranks; this makes it a sum
-        summed = 0.0
+        counts = [sum(column) for column in zip(*(self.objective.counts(b) for b in batches), strict=True)]
+        all_tokens, all_trained, *counts = self.runtime.total(tokens, trained, *counts)
+        # Every layout averages gradients over ranks; the world size makes it a sum.
+        scales = torch.tensor([self.runtime.world / max(n, 1) for n in counts], device=self.runtime.device)
+        batches = list(self.with_divergence(batches))
+        sums, tally = torch.zeros(len(counts), dtype=torch.float64), torch.zeros(0)
         for i, batch in enumerate(batches):
             with self.layout.accumulating(i == len(batches) - 1):
-                loss = self.loss(batch)
-                self.layout.backward(self._scaled(loss * scale))
-            summed += float(loss.detach())
-        mean = self.runtime.total(summed)[0] / max(all_trained, 1)
+                outcome = self.loss(batch)
+                self.layout.backward(self._scaled((outcome.sums * scales).sum()))
+            sums += outcome.sums.detach().double().cpu()
+            tally = outcome.tally.double().cpu() + (tally if len(tally) else 0)
+        means, figures = self.figures(sums, tally, counts)
+        mean = sum(means)
         norm = self._clip()
         # In fp16 an infinite gradient is the scaler's way of finding its scale: it skips the update and halves it.
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler):
@@ -73,21 +78,51 @@ class Stepper:
         else:
             self.layout.step()
         self.schedule.step()
-        return StepResult(mean, norm, rate, int(all_tokens), int(all_trained))
+        figures.pop("perplexity", None)  # of one batch it says nothing that the loss does not
+        return StepResult(mean, norm, rate, int(all_tokens), int(all_trained), figures)
 
     def settle(self, batch: Batch) -> None:
         """DDP orders its buckets anew after the first backward, and over three or more ranks the order of the sums with them. One
         backward whose gradients are thrown away brings a fresh run and a resumed one into the same order before their first step."""
         if self.layout.settles:
-            self.loss(batch).backward()
+            [batch] = self.with_divergence([batch])
+            self.loss(batch).sums.sum().backward()
             self.optimizer.zero_grad(set_to_none=True)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """Sum of token losses of one micro-batch on this device."""
-        device = self.runtime.device
-        moved = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    def figures(
+        self, sums: torch.Tensor, tally: torch.Tensor, counts: Sequence[float]
+    ) -> tuple[list[float], dict[str, float]]:
+        """(mean of each part of the loss, the objective's other numbers), over all ranks. `counts` are of all ranks already."""
+        totals = self.runtime.total(*sums.tolist(), *tally.tolist())
+        means = [value / max(n, 1) for value, n in zip(totals, counts, strict=False)]
+        return means, self.objective.figures(means, counts, totals[len(means) :])
+
+    def with_divergence(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """The batches, with the estimate over all of them and all ranks where the objective needs one."""
+        if not self.objective.estimates:
+            return batches
+        batches, parts = list(batches), [torch.zeros(2, device=self.runtime.device)]
+        with torch.no_grad(), self.autocasting():
+            for batch in batches:
+                parts.append(self.objective.divergence(self.model, self.moved(batch), kernels=self.kernels))
+        summed, count = self.runtime.total(*torch.stack(parts).double().sum(0).tolist())
+        divergence = torch.tensor(max(summed / max(count, 1), 0.0), dtype=torch.float32)
+        return [{**batch, "divergence": divergence} for batch in batches]
+
+    def loss(self, batch: Batch) -> Outcome:
+        """The objective on one micro-batch on this device."""
         with self.autocasting():
-            return LOSSES[self.objective](self.model, moved, kernels=self.kernels)
+            return self.objective(self.model, self.moved(batch), kernels=self.kernels)
+
+    def moved(self, batch: Batch) -> dict[str, Any]:
+        """The batch with its tensors on this device."""
+
+        def move(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(self.runtime.device, non_blocking=True)
+            return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+        return {k: move(v) for k, v in batch.items()}
 
     @property
     def model(self) -> torch.nn.Module:

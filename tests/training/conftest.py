@@ -22,12 +22,8 @@ def make_loop(session: Callable[..., Session]) -> Callable[..., Loop]:
     """The loop of a session, its model prepared and no step made."""
 
     def build(changes: Mapping[str, Any] | None = None, **top: Any) -> Loop:
-        from trebuchet.strategies.prepare import prepare
-
         made = session(changes, **top)
-        config, device = made.config, made.runtime.device
-        model = prepare(made.base, config.model, config.strategy, made.chosen, device, config.optimization.seed)
-        return made.loop(model)
+        return made.loop(made.prepared())
 
     return build
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 from trebuchet.training.data import share
-from trebuchet.training.data.collate import collate
 from trebuchet.training.loop import Loop
 
 
@@ -115,6 +114,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(make_loop: Ca
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def loss(loop: Loop, rows: list[tuple[int, ...]]) -> float:
+    """Sum of token losses of one micro-batch of packed rows."""
+    batch = loop.stepper.objective.collate(loop.units, rows, packing=True, pad_id=0, width=None)
+    return float(loop.stepper.loss(batch).sums)
+
+
 def test_packed_samples_do_not_see_each_other(make_loop: Callable[..., Loop]) -> None:
     """The loss of a packed row is the sum of its samples' losses, each alone."""
     for kernels in ("on", "off"):
@@ -122,6 +127,6 @@ def test_packed_samples_do_not_see_each_other(make_loop: Callable[..., Loop]) ->
         row = max(loop.rows, key=len)
         assert len(row) > 1
         with torch.no_grad():
-            packed = loop.stepper.loss(collate([[loop.samples.sample(i) for i in row]], pad_id=0))
-            alone = sum(float(loop.stepper.loss(collate([[loop.samples.sample(i)]], pad_id=0))) for i in row)
+            packed = loss(loop, [row])
+            alone = sum(loss(loop, [(i,)]) for i in row)
         assert float(packed) == pytest.approx(alone, rel=1e-6), kernels

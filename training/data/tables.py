@@ -38,7 +38,7 @@ class Table:
         """Identity of the content: the bytes of the files, and which split of them."""
         total = hashlib.blake2b(self.part.encode(), digest_size=20)
         for path in self.files:
-            total.update(_file_digest(path, memo).encode())
+            total.update(file_digest(path, memo).encode())
         return total.hexdigest()
 
 
@@ -126,7 +126,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _file_digest(path: Path, memo: Path) -> str:
+def file_digest(path: Path, memo: Path) -> str:
     """BLAKE2 of a file's bytes, remembered under its (path, size, mtime, inode) so that a second run need not read it
     again.
 

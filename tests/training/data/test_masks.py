@@ -12,10 +12,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from trebuchet.launcher.errors import DataError
 from trebuchet.training.data.encoding import Encoder
-from trebuchet.training.data.turns import Chat
 from trebuchet.training.data.readers import RowError
 from trebuchet.training.data.rendering import find_template
 from trebuchet.training.data.spans import SpanFinder, one_by_one
+from trebuchet.training.data.turns import Chat
 
 from . import kit
 from .conftest import Prep

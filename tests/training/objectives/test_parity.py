@@ -1,0 +1,149 @@
+"""Loss and gradient of each objective beside TRL's trainer: same weights, same rows, fp32, and a policy that has moved.
+
+Rows are plain text, where both tokenize alike: prompt and answer as one text, EOS behind, padding on the right, loss from
+the first token that the prompt alone has not. What differs on purpose stands in the tests below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from trebuchet.training.objectives import losses
+from trebuchet.training.objectives.base import token_logps
+
+from .conftest import gradient, in_file_order, judged, pairs, plain_copy
+
+# fp32: both sum a few hundred log-probabilities through two layers in different orders.
+LOSS, GRADIENT = 1e-5, 1e-5
+
+
+def ours(loop: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradient of one step over every row, in the file's order, before the optimizer moves anything."""
+    seen: dict[str, torch.Tensor] = {}
+    model = loop.stepper.model_inside()
+    hook = loop.stepper.optimizer.register_step_pre_hook(lambda *_: seen.update(gradient(model)))
+    result = loop.stepper.step([loop.stepper.objective.collate(loop.units, in_file_order(loop), **LAYOUT)])
+    hook.remove()
+    return result.loss, seen
+
+
+LAYOUT: dict[str, Any] = {"packing": False, "pad_id": 0, "width": None}
+
+
+def same(mine: tuple[float, dict[str, Any]], theirs: tuple[float, dict[str, Any]]) -> None:
+    assert mine[0] == pytest.approx(theirs[0], rel=LOSS)
+    assert mine[1].keys() == theirs[1].keys()
+    names = sorted(mine[1])
+    a, b = (torch.cat([g[n].flatten() for n in names]).double() for g in (mine[1], theirs[1]))
+    assert b.norm() > 1e-3
+    assert (a - b).norm() <= GRADIENT * b.norm()
+
+
+def likelier(loop: Any) -> None:
+    """Moves the policy so that answers to other prompts gain: noise alone makes them less likely."""
+    batch = loop.stepper.objective.collate(loop.units, in_file_order(loop), **LAYOUT)["mismatched"]
+    parameters = list(loop.stepper.model_inside().parameters())
+    for _ in range(10):
+        loss = -token_logps(loop.stepper.model, batch, kernels=True).mean()
+        with torch.no_grad():
+            for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                parameter -= 0.5 * slope
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_dpo(compare: Callable[..., Any], trl: Callable[..., Any], loss: str, kernels: str) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    loop = compare({"name": "dpo", "loss": loss, "beta": 0.2}, {"strategy.kernels": kernels})
+    policy = plain_copy(loop.stepper.model_inside())
+    same(ours(loop), trl(DPOTrainer, DPOConfig, policy, pairs(), reference=True, loss_type=[loss], beta=0.2))
+
+
+def test_kto(compare: Callable[..., Any], trl: Callable[..., Any]) -> None:
+    """With the whole set in one micro-batch TRL pairs each prompt with the answer before it, as we always do."""
+    from trl import KTOConfig, KTOTrainer
+
+    objective = {"name": "kto", "beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+    loop = compare(objective)
+    likelier(loop)
+    policy = plain_copy(loop.stepper.model_inside())
+    settings = {key: value for key, value in objective.items() if key != "name"}
+    batch = loop.stepper.with_divergence([loop.stepper.objective.collate(loop.units, in_file_order(loop), **LAYOUT)])
+    assert float(next(iter(batch))["divergence"]) > 0.01  # or it would be clamped, and hide a wrong estimate
+    same(ours(loop), trl(KTOTrainer, KTOConfig, policy, judged(), reference=True, **settings))
+
+
+def test_orpo(compare: Callable[..., Any], trl: Callable[..., Any]) -> None:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    loop = compare({"name": "orpo", "beta": 0.3})
+    policy = plain_copy(loop.stepper.model_inside())
+    same(ours(loop), trl(ORPOTrainer, ORPOConfig, policy, pairs(), reference=False, beta=0.3))
+
+
+@pytest.mark.parametrize(
+    ("objective", "theirs"),
+    [
+        ({"name": "cpo", "label_smoothing": 0.1}, {"loss_type": "sigmoid", "label_smoothing": 0.1}),
+        ({"name": "cpo", "loss": "hinge", "sft_weight": 0.5}, {"loss_type": "hinge", "cpo_alpha": 0.5}),
+        ({"name": "cpo", "loss": "ipo", "beta": 0.3}, {"loss_type": "ipo", "beta": 0.3}),
+        # TRL's SimPO keeps CPO's loss on the chosen answer unless told otherwise.
+        (
+            {"name": "simpo", "beta": 2.0, "gamma": 0.8},
+            {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.8, "cpo_alpha": 0.0},
+        ),
+    ],
+    ids=["sigmoid", "hinge", "ipo", "simpo"],
+)
+def test_cpo_and_simpo(
+    compare: Callable[..., Any], trl: Callable[..., Any], objective: dict[str, Any], theirs: dict[str, Any]
+) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    loop = compare(objective)
+    policy = plain_copy(loop.stepper.model_inside())
+    same(ours(loop), trl(CPOTrainer, CPOConfig, policy, pairs(), reference=False, **theirs))
+
+
+@pytest.mark.parametrize("center", [0.0, 0.05])
+def test_reward(compare: Callable[..., Any], trl: Callable[..., Any], center: float) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    loop = compare({"name": "reward", "center": center})
+    policy = plain_copy(loop.stepper.model_inside())
+    del policy.forward  # transformers' own, which looks for the last token itself
+    settings = {"center_rewards_coefficient": center or None}
+    same(ours(loop), trl(RewardTrainer, RewardConfig, policy, pairs(), reference=False, **settings))
+
+
+def test_what_is_cut_and_dropped_is_the_same(compare: Callable[..., Any], trl: Callable[..., Any]) -> None:
+    """`max_length` that cuts most answers and leaves nothing of some: TRL's keep_start."""
+    from trl import DPOConfig, DPOTrainer
+
+    limit = 12
+    loop = compare({"name": "dpo"}, {"data.max_length": limit, "data.max_truncated": 1.0})
+    policy = plain_copy(loop.stepper.model_inside())
+    trainer = trl.make_trainer(DPOTrainer, DPOConfig, policy, pairs(), reference=True, max_length=limit)  # type: ignore[attr-defined]
+    assert 0 < len(loop.units) == len(trainer.train_dataset) < len(pairs())
+    same(ours(loop), trl(DPOTrainer, DPOConfig, policy, pairs(), reference=True, max_length=limit))
+
+
+def test_label_smoothing_of_dpo_is_what_the_name_says(compare: Callable[..., Any], trl: Callable[..., Any]) -> None:
+    """A difference on purpose: TRL 1.16's sigmoid loss ignores label_smoothing; ours is the conservative DPO."""
+    from trl import DPOConfig, DPOTrainer
+
+    loop = compare({"name": "dpo", "label_smoothing": 0.3})
+    policy = plain_copy(loop.stepper.model_inside())
+    settings = {"reference": True, "loss_type": ["sigmoid"]}
+    ignored, _ = trl(DPOTrainer, DPOConfig, policy, pairs(), label_smoothing=0.3, **settings)
+    plain, _ = trl(DPOTrainer, DPOConfig, plain_copy(policy), pairs(), label_smoothing=0.0, **settings)
+    assert ignored == plain
+    d = torch.linspace(-30, 30, 13, dtype=torch.float64)
+    s = torch.sigmoid(0.1 * d)
+    wanted = -0.7 * torch.log(s) - 0.3 * torch.log(1 - s)
+    assert torch.allclose(losses.preference("sigmoid", d, 0.1, 0.3), wanted, rtol=1e-12)
+    assert ours(loop)[0] > plain
