@@ -89,7 +89,7 @@ def test_checkpointing_does_not_free_the_inputs(make_loop: Callable[..., Loop]) 
         inputs: list[Any] = []
         base = inside.base_model.model.model.layers[0].mlp.down_proj
         base.register_forward_pre_hook(lambda module, args, kept=inputs: kept.append(weakref.ref(args[0])))
-        loss = loop.stepper.loss(loop.batch([0]))
+        loss = loop.stepper.loss(loop.batch([0])).sums.sum()
         alive[name] = inputs[0]() is not None
         loss.backward()
     assert alive == {"lora": False, "int8": True}
