@@ -71,7 +71,7 @@ class Finished:
         samples = self.data.eval if self.data.eval is not None and len(self.data.eval) else self.data.train
         count = min(count, len(samples))
         picked = [(2 * i + 1) * len(samples) // (2 * count) for i in range(count)]
-        return [list(map(int, samples.sample(i)[0])) for i in picked]
+        return [list(map(int, samples.documents(i)[0][0])) for i in picked]
 
     def copy_beside(self, folder: Path) -> None:
         """Tokenizer with its template, generation settings and the base's licence into a model folder."""
