@@ -17,10 +17,11 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import record, stopping
+from . import record, stopping, together
 from .errors import JobFailed, TrebuchetError, UserError
 from .plan import Chosen, Plan
 from .run_folder import RunFolder
@@ -62,22 +63,32 @@ def main(run: str) -> int:
         # The first rank to fail writes; the others fail because it did.
         outcome = {"exit_code": code, "error": error, "rank": rank, "node": node}
         write_outcome(folder, outcome)
+    if error is not None:
+        together.tell(error)
+    together.stop()
     return 0 if code == STOPPED else code  # to whoever started the ranks, a stop that was asked for is no failure
 
 
 def train(folder: RunFolder, plan: Plan) -> bool:
     """True when the run reached its end; False when it stopped early with a checkpoint."""
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     from ..training import runtime as rt
+    from ..training.watchdog import collective_limit_s
 
     chosen = plan.chosen
     assert chosen is not None
     rt.tune_cpu()
     accelerator = Accelerator(
-        cpu=chosen.device == "cpu", log_with=list(plan.config.tracking) or None, project_dir=str(folder.trackers)
+        cpu=chosen.device == "cpu",
+        log_with=list(plan.config.tracking) or None,
+        project_dir=str(folder.trackers),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_limit_s(plan)))],
     )
     runtime = rt.Runtime(plan, folder, accelerator)
+    if runtime.world > 1:
+        together.begin(rt.store(), runtime.rank, runtime.world)
     check_hardware(runtime.world, runtime.device.type, chosen)
     if runtime.world > 1 or "SLURM_JOB_ID" in os.environ:
         check_allocation(runtime, plan)

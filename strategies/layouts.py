@@ -64,9 +64,8 @@ class Layout:
     load: Callable[[Path], None]
     whole: Callable[[Callable[[str], bool]], Iterator[tuple[str, torch.Tensor]]]
     rest: Callable[[], None]
-    settles: bool = (
-        False  # one backward before the first step brings a fresh and a resumed run into the same order of sums
-    )
+    discard: Callable[[], None]  # drops gradients that no step has used
+    allocates: bool = True  # whether the optimizer makes its states in its first step
 
 
 def place(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimizer: MakeOptimizer) -> Layout:
@@ -98,7 +97,7 @@ def replicated(prepared: Prepared, chosen: Chosen, device: torch.device, make_op
         load=lambda folder: states.load(folder, inside, optimizer),
         whole=partial(_whole, inside),
         rest=lambda: None,
-        settles=chosen.parallel == "ddp",
+        discard=partial(optimizer.zero_grad, set_to_none=True),
     )
 
 

@@ -18,10 +18,11 @@ from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
 from .data import Order, Units, share
 from .evaluate import HeldOut, held_out_loss, in_words
+from .probe import heaviest, probe
 from .progress import Progress
 from .runtime import Runtime
 from .step import Stepper
-from .watchdog import Watchdog
+from .watchdog import Watchdog, hang_limit_s
 
 # Rows are as wide as a multiple of this: few distinct sizes keep an allocator from filling up with holes of almost the right size
 # (resident memory of the demo grew from 3.0 to 5.6 GiB in 24 steps without it), and matrix products like round ones.
@@ -49,8 +50,7 @@ class Loop:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
         self.runtime.barrier()
         random_state = checkpoint.rng_state()
-        rows = share(self.order.batch(0), self.runtime.rank, self.runtime.world, self.micro_batch)[0]
-        self.stepper.settle(self.batch(rows))
+        probe(self.stepper, self.batch(heaviest(self.rows, self.units.lengths.tolist(), self.micro_batch)))
         checkpoint.set_rng_state(random_state)
         path = checkpoint.latest(self.runtime.folder, say=self.say)
         if path is None:
@@ -77,7 +77,7 @@ class Loop:
             record.update(self.runtime.folder, step=first, steps=steps, attempt={"first_step": first})
         progress = Progress(self.runtime, steps, first)
         saved = first
-        watchdog = Watchdog(self.runtime.folder, self.runtime.rank, self.runtime.world)
+        watchdog = Watchdog(self.runtime.folder, self.runtime.rank, self.runtime.world, hang_limit_s(self.runtime.plan))
         watchdog.start(first)
         try:
             if self.runtime.stopping():  # asked while the model was loaded: there is nothing to save yet

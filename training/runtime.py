@@ -71,6 +71,11 @@ class Runtime:
         return self.total(float(wish))[0] > 0
 
 
+def store() -> dist.Store:
+    """The key-value store of the process group, which works while a collective hangs."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def time_ends(lead_s: float) -> bool:
     """Whether less than `lead_s` is left of the job's time limit. The scheduler's own warning has a lead that was fixed before a
     step or a save was measured."""

@@ -81,14 +81,6 @@ class Stepper:
         figures.pop("perplexity", None)  # of one batch it says nothing that the loss does not
         return StepResult(mean, norm, rate, int(all_tokens), int(all_trained), figures)
 
-    def settle(self, batch: Batch) -> None:
-        """DDP orders its buckets anew after the first backward, and over three or more ranks the order of the sums with them. One
-        backward whose gradients are thrown away brings a fresh run and a resumed one into the same order before their first step."""
-        if self.layout.settles:
-            [batch] = self.with_divergence([batch])
-            self.loss(batch).sums.sum().backward()
-            self.optimizer.zero_grad(set_to_none=True)
-
     def figures(
         self, sums: torch.Tensor, tally: torch.Tensor, counts: Sequence[float]
     ) -> tuple[list[float], dict[str, float]]:

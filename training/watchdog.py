@@ -18,11 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..launcher.plan import Plan
 from ..launcher.record import write_atomically
 from ..launcher.run_folder import RunFolder
 
-# Longer than any step, evaluation or save should take; TREBUCHET_HANG_S changes it, 0 switches the watch off.
+# Where the plan predicts no speed: longer than any step, evaluation or save should take.
 LIMIT_S = 1800.0
+# Else so many steps as the plan predicts them, and no less than SHORTEST_S: an evaluation or a save takes as long as many steps.
+STEPS, SHORTEST_S = 20.0, 900.0
 GATHER_S = 5.0  # what ranks wait for each other's words, which they write within a poll of each other
 # Where a rank's stack ends when it waits for others, or for the GPU that waits for them.
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/", "training/runtime.py")
@@ -31,9 +34,10 @@ WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/", "trai
 class Watchdog:
     """Watches from `start` to `stop`; `beat` after everything that may take long."""
 
-    def __init__(self, folder: RunFolder, rank: int, world: int, *, end: Callable[[int], Any] = os._exit):
-        self.folder, self.rank, self.world, self.end = folder, rank, world, end
-        self.limit_s = float(os.environ.get("TREBUCHET_HANG_S") or LIMIT_S)
+    def __init__(
+        self, folder: RunFolder, rank: int, world: int, limit_s: float, *, end: Callable[[int], Any] = os._exit
+    ):
+        self.folder, self.rank, self.world, self.limit_s, self.end = folder, rank, world, limit_s, end
         self.step, self.at = 0, time.monotonic()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -74,6 +78,7 @@ class Watchdog:
             "where": f"{Path(ours.filename).name}:{ours.lineno} in {ours.name}",
         }
         write_atomically(words_of(self.folder, self.rank), json.dumps(words))
+        self._flight_record()
         self.stopped.wait(GATHER_S)
         found = [json.loads(path.read_text()) for path in sorted(self.folder.logs.glob("hang-*.json"))]
         blamed = blame(found, self.world)
@@ -82,6 +87,30 @@ class Watchdog:
             outcome = {"exit_code": 1, "error": error, "rank": blamed["rank"], "node": blamed["node"]}
             write_atomically(self.folder.outcome, json.dumps(outcome))
         self.end(1)
+
+    def _flight_record(self) -> None:
+        """Every collective of this rank that torch still remembers, with its Python frames: logs/flight-R.json."""
+        import torch
+
+        if torch.distributed.is_initialized():
+            found: bytes = torch._C._distributed_c10d._dump_fr_trace_json()  # type: ignore[attr-defined]
+            (self.folder.logs / f"flight-{self.rank}.json").write_bytes(found)
+
+
+def hang_limit_s(plan: Plan) -> float:
+    """Seconds without a step after which a run hangs: from the speed that the plan predicts, or TREBUCHET_HANG_S; 0 switches the
+    watch off."""
+    if wanted := os.environ.get("TREBUCHET_HANG_S"):
+        return float(wanted)
+    assert plan.chosen is not None
+    speed = plan.chosen.time.tokens_per_s
+    tokens = plan.config.optimization.global_batch_size * plan.config.data.max_length
+    return max(SHORTEST_S, STEPS * tokens / speed) if speed else LIMIT_S
+
+
+def collective_limit_s(plan: Plan) -> float:
+    """The process group's own time-out, should the watchdog's thread be stuck too: later than the watchdog, so that it speaks first."""
+    return max(LIMIT_S, 2 * hang_limit_s(plan))
 
 
 def blame(found: Sequence[dict[str, Any]], world: int) -> dict[str, Any]:

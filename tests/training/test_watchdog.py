@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from trebuchet.launcher import api
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.training import watchdog
 from trebuchet.training.watchdog import Watchdog, blame
@@ -33,11 +34,10 @@ def test_who_is_blamed(found: list[dict[str, object]], rank: int, part: str) -> 
 def test_a_rank_that_does_not_come_on_is_ended_with_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TREBUCHET_HANG_S", "0.2")
     monkeypatch.setattr(watchdog, "GATHER_S", 0.01)
     folder, ended, codes = RunFolder(tmp_path), threading.Event(), []
     folder.logs.mkdir()
-    dog = Watchdog(folder, 0, 1, end=lambda code: (codes.append(code), ended.set()))
+    dog = Watchdog(folder, 0, 1, 0.2, end=lambda code: (codes.append(code), ended.set()))
     dog.start(12)
     assert ended.wait(20)  # this thread is the one that does not come on
     outcome = json.loads(folder.outcome.read_text())
@@ -45,11 +45,10 @@ def test_a_rank_that_does_not_come_on_is_ended_with_its_place(
     assert "this rank is at" in capsys.readouterr().err
 
 
-def test_beats_and_a_stop_keep_it_quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TREBUCHET_HANG_S", "0.4")
+def test_beats_and_a_stop_keep_it_quiet(tmp_path: Path) -> None:
     folder, ended = RunFolder(tmp_path), threading.Event()
     folder.logs.mkdir()
-    dog = Watchdog(folder, 0, 1, end=lambda code: ended.set())
+    dog = Watchdog(folder, 0, 1, 0.4, end=lambda code: ended.set())
     dog.start(0)
     for step in range(8):
         dog.beat(step)
@@ -57,3 +56,17 @@ def test_beats_and_a_stop_keep_it_quiet(tmp_path: Path, monkeypatch: pytest.Monk
     dog.stop()
     dog.thread.join(5)
     assert not ended.is_set() and not dog.thread.is_alive()
+
+
+def test_the_limit_follows_the_speed_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TREBUCHET_HANG_S", raising=False)
+    large = {"optimization": {"global_batch_size": 1024}, "data": {"train": "t", "max_length": 8192}}
+    base = {"model": "meta-llama/Llama-3.1-8B", "data": "t", "cluster": "a100-80gb-8"}
+    slow, quick = (api.plan({**base, **sections}) for sections in (large, {}))
+    assert slow.chosen and slow.chosen.time.tokens_per_s and quick.chosen
+    step_s = 1024 * 8192 / slow.chosen.time.tokens_per_s
+    assert watchdog.hang_limit_s(slow) == pytest.approx(20 * step_s) and step_s > 60
+    assert watchdog.hang_limit_s(quick) == 900.0
+    assert watchdog.collective_limit_s(slow) == 2 * watchdog.hang_limit_s(slow)
+    monkeypatch.setenv("TREBUCHET_HANG_S", "7")
+    assert watchdog.hang_limit_s(slow) == 7.0 and watchdog.collective_limit_s(slow) == 1800.0
