@@ -32,12 +32,12 @@ _SHARDING = (
 )
 
 
-def patch(model: nn.Module, *, enable: bool = True) -> KernelReport:
+def patch(model: nn.Module, *, enable: bool = True, device: torch.device | None = None) -> KernelReport:
     """Swap the forwards that the layer knows; with enable=False only undo an earlier patch. Changes no parameter.
 
     model: a transformers causal LM or a PEFT model around one. Afterwards it also takes token_labels (see
-    `patch_loss`). Patching again starts over. Raises nothing for what it does not know: that runs as before and is in
-    the report.
+    `patch_loss`). `device`: where it will run, if it is not there yet (meta). Patching again starts over. Raises
+    nothing for what it does not know: that runs as before and is in the report.
     """
     unpatch(model)
     log = _Log()
@@ -47,11 +47,11 @@ def patch(model: nn.Module, *, enable: bool = True) -> KernelReport:
     loss = "the model's own: no causal LM found"
     for name, module in list(model.named_modules()):
         if isinstance(module, PreTrainedModel) and module.get_output_embeddings() is not None and module.can_generate():
-            attention = _patch_attention_choice(module)
+            attention = _patch_attention_choice(module, device or next(module.parameters()).device)
             loss = _patch_causal_lm(module, name, log)
         else:
             _patch_module(module, name, log)
-    return log.report(model, loss=loss, attention=attention)
+    return log.report(model, loss=loss, attention=attention, device=device)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -82,8 +82,18 @@ class _Log:
     def left(self, module: AnyModule, name: str, reason: str) -> None:
         self.skipped.setdefault((_label(module), reason), []).append(name)
 
-    def report(self, model: nn.Module, *, loss: str, attention: str, off: bool = False) -> KernelReport:
+    def report(
+        self,
+        model: nn.Module,
+        *,
+        loss: str,
+        attention: str,
+        off: bool = False,
+        device: torch.device | None = None,
+    ) -> KernelReport:
         some = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        if device is not None:
+            some = some.new_empty(0, device=device)
         return KernelReport(
             applied=bool(self.fused) and not off,
             backend=functional.choose("report", some),
@@ -229,11 +239,10 @@ def _heads(model: AnyModule) -> tuple[list[nn.Module], str | None]:
     )
 
 
-def _patch_attention_choice(model: AnyModule) -> str:
+def _patch_attention_choice(model: AnyModule, device: torch.device) -> str:
     chosen = model.config._attn_implementation
-    device = next(model.parameters()).device.type
     known = isinstance(pattern(model), CausalLM)  # an unknown model may want masks of its own
-    if chosen not in ("sdpa", patch_documents.NAME) or device not in ("cpu", "meta") or not known:
+    if chosen not in ("sdpa", patch_documents.NAME) or device.type not in ("cpu", "meta") or not known:
         return f"{chosen}, transformers' own"
     patch_documents.register()
     _install(model, kernel_attention_before=chosen)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import functional
 from .functional import LoraLinear, NF4Weight
+from .nf4_linear import NF4Linear
 from .patch_match import AnyModule, loaded
 
 try:
@@ -32,9 +33,9 @@ def is_lora(module: AnyModule) -> bool:
 
 
 def is_4bit(module: AnyModule) -> bool:
-    """A bitsandbytes Linear4bit, running its own forward."""
+    """A bitsandbytes Linear4bit or our NF4Linear, running its own forward."""
     kind = loaded("bitsandbytes.nn.modules", "Linear4bit")
-    return kind is not None and type(module).forward is kind.forward
+    return isinstance(module, NF4Linear) or (kind is not None and type(module).forward is kind.forward)
 
 
 def is_linear(module: AnyModule) -> bool:
@@ -75,7 +76,7 @@ def refusal(module: AnyModule) -> str | None:
 
 
 def _base_refusal(base: AnyModule) -> str | None:
-    if is_4bit(base):
+    if is_4bit(base) and not isinstance(base, NF4Linear):
         state = _quant_state(base)
         if state is None:
             return "the 4-bit weight is not quantized yet"
@@ -94,7 +95,7 @@ def projection(module: AnyModule, x: Tensor) -> tuple[LoraLinear, torch.dtype] |
     base = module.base_layer if is_lora(module) else module
     dtype = x.dtype
     if is_4bit(base):
-        if x.numel() == x.shape[-1] and not torch.is_grad_enabled():
+        if x.numel() == x.shape[-1] and not torch.is_grad_enabled() and not isinstance(base, NF4Linear):
             return "one token without gradients: bitsandbytes has a matrix-vector kernel for that"
         dtype = base.compute_dtype or x.dtype
     weight = _nf4(base) if is_4bit(base) else base.weight
@@ -159,6 +160,8 @@ def _quant_state(base: AnyModule):
 
 
 def _nf4(base: AnyModule) -> NF4Weight:
+    if isinstance(base, NF4Linear):
+        return base.nf4()
     state, packed = _quant_state(base), base.weight
     inner = state.state2 if state.nested else None
     return NF4Weight(

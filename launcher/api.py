@@ -148,10 +148,10 @@ def refuse_what_cannot_start(decided: Plan) -> None:
     chosen = decided.chosen
     assert chosen is not None
     backends.of_plan(decided).check(decided)
-    if chosen.parallel not in ("none", "ddp") or chosen.offload != "none":
+    if chosen.parallel == "zero3":
         raise SchedulerRefused(
             f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
-            "does not start; one device and ddp without offload it does: --set strategy.parallel=ddp."
+            "does not start; fsdp2 it does: --set strategy.parallel=fsdp2."
         )
 
 

@@ -31,6 +31,8 @@ def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layou
     yield from _layout(hardware, method, layout)
     yield from _states(name, layout)
     yield from _reference(config.objective.reference_for(method), method, layout)
+    if config.objective.name == "reward" and layout.parallel == "fsdp2":
+        yield "a score head has no weights in the base's files to stream onto shards; use ddp or zero3"
     if quantized(config, method) == "int8":
         yield from _int8(layout)
 
@@ -44,6 +46,10 @@ def _layout(hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
         yield "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
     if layout.offload != "none" and hardware.device == "cpu":
         yield "on a CPU everything is in host memory already"
+    if layout.offload == "optimizer" and layout.parallel == "fsdp2":
+        yield "FSDP2 moves parameters and optimizer states to the host together; use offload params, or zero3"
+    if layout.replicate * layout.shard != hardware.ranks:
+        yield f"strategy.dp_replicate {layout.replicate} does not divide {hardware.ranks} ranks"
     if layout.offload == "optimizer" and method != "full":
         yield "adapters' optimizer states are small; there is nothing to gain from moving them to the host"
 

@@ -117,13 +117,15 @@ def candidates(config: TrainConfig, hardware: Hardware) -> list[tuple[str, Layou
 def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
     """Candidates in the order of the policy, cut to what the user asked for."""
     n = hardware.ranks
-    every = [Layout("none", "none", 1, 1)] if n == 1 else [Layout("ddp", "none", n, 1), Layout("fsdp2", "none", 1, n)]
-    if hardware.device == "cuda":
-        every += [Layout("zero3", "optimizer", 1, n), Layout("fsdp2", "params", 1, n)]
     want = config.strategy
+    copies = 1 if want.dp_replicate == "auto" else want.dp_replicate
+    every = [Layout("none", "none", 1, 1)] if n == 1 else [Layout("ddp", "none", n, 1)]
+    every += [Layout("fsdp2", "none", copies, n // copies)] if n > 1 else []
+    if hardware.device == "cuda":
+        every += [Layout("zero3", "optimizer", 1, n), Layout("fsdp2", "params", copies, n // copies)]
     named = [x for x in every if want.parallel in ("auto", x.parallel) and want.offload in ("auto", x.offload)]
     if not named and want.parallel != "auto":  # what the user names is tried even where the policy would not
-        shard = n if want.parallel in ("fsdp2", "zero3") else 1
+        shard = {"fsdp2": n // copies, "zero3": n}.get(want.parallel, 1)
         named = [Layout(want.parallel, "none" if want.offload == "auto" else want.offload, n // shard, shard)]
     yield from named
 

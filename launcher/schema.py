@@ -192,6 +192,9 @@ class Quant(Section):
 class StrategyChoice(Section):
     method: Literal["auto", "full", "lora", "qlora"] = Field("auto", description="what is trained")
     parallel: Literal["auto", "none", "ddp", "fsdp2", "zero3"] = Field("auto", description="how it is spread over GPUs")
+    dp_replicate: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="fsdp2: copies of the sharded model, each over ranks / copies; auto: one"
+    )
     offload: Literal["auto", "none", "optimizer", "params"] = Field("auto", description="what lives in host memory")
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="activation checkpointing")
     lora: Lora = Lora()

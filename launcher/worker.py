@@ -110,6 +110,8 @@ def drop_harmless_lines() -> None:
     for name, beginning in HARMLESS.items():
         logging.getLogger(name).addFilter(unlike(beginning))
     # PEFT 0.21 asks a transformers 5.23 model by a name of before.
+    # FSDP2 sees that log-probabilities leave the model as a view of themselves; nothing of ours writes into them.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 

@@ -70,7 +70,9 @@ class Layout:
 
 def place(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimizer: MakeOptimizer) -> Layout:
     """The layout that the plan chose, with the model of `prepared` on `device`. A collective where there are several ranks."""
-    kinds = {"none": replicated, "ddp": replicated}
+    from .fsdp2 import fsdp2  # here, because it builds a Layout
+
+    kinds = {"none": replicated, "ddp": replicated, "fsdp2": fsdp2}
     return kinds[chosen.parallel](prepared, chosen, device, make_optimizer)
 
 
@@ -94,7 +96,7 @@ def replicated(prepared: Prepared, chosen: Chosen, device: torch.device, make_op
         clip=partial(clip_gradients, inside),
         step=partial(update, optimizer),
         save=partial(_save, inside, optimizer),
-        load=lambda folder: states.load(folder, inside, optimizer),
+        load=partial(_load, inside, optimizer),
         whole=partial(_whole, inside),
         rest=lambda: None,
         discard=partial(optimizer.zero_grad, set_to_none=True),
@@ -129,6 +131,15 @@ def _save(model: torch.nn.Module, optimizer: Optimizer, folder: Path, background
     if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
         states.save(folder, model, optimizer)
     return None
+
+
+def _load(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:
+    if (folder / states.TRAINABLE).exists():
+        states.load(folder, model, optimizer)
+    else:  # written by shards
+        from . import sharded_states
+
+        sharded_states.load(folder, model, optimizer)
 
 
 def _whole(model: Any, name_ok: Callable[[str], bool]) -> Iterator[tuple[str, torch.Tensor]]:

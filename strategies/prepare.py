@@ -2,16 +2,22 @@
 
 The order matters: quantization happens while loading (so the full-width weights of a layer are gone before the next one comes);
 adapters wrap what is already quantized; the kernel layer looks at the modules as they will run; sharding comes last, because it
-replaces parameters. What a method costs in bytes is in `memory.py`.
+replaces parameters. Under FSDP2 the model is a skeleton until it is sharded (layouts.py), and `Prepared.fill` then reads each
+rank's own rows. What a method costs in bytes is in `memory.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ..kernels.nf4_linear import NF4Linear
+from . import streaming
 
 if TYPE_CHECKING:
     from ..kernels.patch import KernelReport
@@ -27,6 +33,7 @@ class Prepared:
     kernels: KernelReport | None
     trainable: int
     total: int
+    fill: Callable[[Any], None] | None = None  # reads the weights of a skeleton once it is sharded
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -54,7 +61,8 @@ def prepare(
     Raises what the libraries raise; a model that the plan let through and that does not load is a failed job, not bad input.
     """
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
-    net = _load(folder, model, strategy, chosen, device, score)
+    streamed = chosen.parallel == "fsdp2"
+    net = _skeleton(folder, model, strategy, chosen) if streamed else _load(folder, model, strategy, chosen, device, score)
     if score:
         from .score import add_score_places, start_scores_small
 
@@ -62,11 +70,13 @@ def prepare(
     net.config.use_cache = False  # with the cache on, packed samples attend to each other (transformers 5.23, measured)
     if chosen.method != "full":
         net = _adapt(net, strategy, score)
-    report = _patch(net, strategy)
+    report = _patch(net, strategy, device)
     if chosen.checkpointing != "none":
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    return Prepared(model=net, kernels=report, trainable=trainable, total=sum(map(_weights, net.parameters())))
+    fill = partial(streaming.fill, folder=folder, device=device, offload=chosen.offload == "params", seed=seed)
+    total = weights(net)
+    return Prepared(model=net, kernels=report, trainable=trainable, total=total, fill=fill if streamed else None)
 
 
 def prepare_frozen(
@@ -76,14 +86,27 @@ def prepare_frozen(
     same = chosen if chosen.method == "qlora" else chosen.model_copy(update={"method": "lora"})
     net = _load(folder, model, strategy, same, device, False)
     net.config.use_cache = False
-    _patch(net, strategy)
+    _patch(net, strategy, device)
     return net
 
 
-def _weights(parameter: torch.nn.Parameter) -> int:
-    """Weights that a parameter stands for: an NF4 one holds two in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else state.shape.numel()
+def weights(net: torch.nn.Module) -> int:
+    """Weights that the parameters stand for: an NF4 one holds two in a byte, and its scales are none."""
+    four_bit = [m for m in net.modules() if isinstance(m, NF4Linear)]
+    packed = {id(p): m for m in four_bit for p in (m.weight, m.absmax)}
+    total = sum(m.in_features * m.out_features for m in four_bit)
+    for parameter in net.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if id(parameter) not in packed:
+            total += parameter.numel() if state is None else state.shape.numel()
+    return total
+
+
+def _skeleton(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen) -> Any:
+    net = streaming.skeleton(folder, model, dtype=storage_dtype(chosen), attention=ATTENTION[chosen.attention])
+    if chosen.method == "qlora":
+        streaming.to_nf4(net, double=strategy.quant.double, compute_dtype=compute_dtype(chosen.precision))
+    return net
 
 
 def _load(
@@ -145,12 +168,12 @@ def _adapt(net: Any, strategy: StrategyChoice, score: bool) -> Any:
     return made  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
 
 
-def _patch(net: Any, strategy: StrategyChoice) -> KernelReport | None:
+def _patch(net: Any, strategy: StrategyChoice, device: torch.device) -> KernelReport | None:
     if strategy.kernels == "off":
         return None
     from ..kernels.patch import patch
 
-    return patch(net)
+    return patch(net, device=device)
 
 
 def _checkpoint_activations(net: Any, chosen: Chosen) -> None:

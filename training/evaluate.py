@@ -35,8 +35,10 @@ class HeldOut:
         self.rows = [[self.chosen[i] for i in row] for row in rows]
 
     def batches(self, stepper: Stepper, pad_id: int) -> Iterator[Mapping[str, Any]]:
+        """Every rank gets the same number, since a forward may be a collective; the last may be empty."""
         rank, world = stepper.runtime.rank, stepper.runtime.world
-        for start in range(rank * self.micro_batch, len(self.rows), world * self.micro_batch):
+        for first in range(0, len(self.rows), world * self.micro_batch):
+            start = first + rank * self.micro_batch
             rows = self.rows[start : start + self.micro_batch]
             yield stepper.objective.collate(self.units, rows, packing=self.packing, pad_id=pad_id, width=None)
 
@@ -59,6 +61,7 @@ def held_out_loss(stepper: Stepper, data: HeldOut, pad_id: int) -> dict[str, Any
             tally.add(outcome.tally)
             counts.add(torch.tensor(stepper.objective.counts(batch)))
             trained += int(batch["num_trained"])
+    stepper.layout.rest()
     # A rank without rows has none of these and must sum as many numbers as the others.
     sizes = runtime.most(len(sums.value), len(tally.value))
     all_counts = runtime.total(*counts.filled(sizes[0]).tolist(), trained)
@@ -105,8 +108,9 @@ def answers(
     prompts: Sequence[tuple[list[int], list[int]]],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers of the model as it is now, one per prompt. Local to the calling rank."""
-    model: Any = getattr(stepper.model, "module", stepper.model)
+    """Greedy answers of the model as it is now, one per prompt. Local to the calling rank, unless the layout works together: then
+    every rank asks the same and, holding the same weights, hears the same."""
+    model: Any = stepper.layout.inside
     texts = []
     with evaluating(model), torch.no_grad(), stepper.autocasting():
         for prompt, _ in prompts:
@@ -121,6 +125,7 @@ def answers(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
             texts.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
+    stepper.layout.rest()
     return texts
 
 

@@ -1,21 +1,27 @@
 """The folder that users load: the ecosystem's own files, written beside and then renamed.
 
-full: config.json and model.safetensors in the dtype the base came in; lora and qlora: an adapter folder, which
-`AutoModelForCausalLM.from_pretrained` opens too (with PEFT installed). Tokenizer, template and the base's licence come along.
+full: config.json and model.safetensors (several with an index when large) in the dtype the base came in; lora and qlora: an
+adapter folder, which `AutoModelForCausalLM.from_pretrained` opens too (with PEFT installed). Tokenizer, template and the base's
+licence come along.
 Left out: merging.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
+from ..strategies.layouts import Layout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,34 +29,99 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
+
+
 def export(
-    folder: RunFolder, plan: Plan, base: Path, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase
+    folder: RunFolder, plan: Plan, base: Path, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, main: bool
 ) -> Path:
-    """Writes RUN/model from the (unwrapped) model of rank 0 and returns it."""
+    """Writes RUN/model and returns it. Every rank calls it; only `main` writes, the others hand over their shards."""
     beside = folder.root / ".model.writing"
-    shutil.rmtree(beside, ignore_errors=True)
     assert plan.chosen is not None
-    net: Any = model
-    if plan.chosen.method == "full":
+    if main:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+    net: Any = layout.inside
+    if plan.chosen.method != "full":
+        trained = {name for name, p in net.named_parameters() if p.requires_grad}
+        adapters = {name: tensor.cpu() for name, tensor in layout.whole(trained.__contains__)}
+        if main:
+            # The adapter's card and config name the base; a user without that local folder needs the Hub id, not a cache path.
+            net.peft_config["default"].base_model_name_or_path = plan.config.model.name
+            net.save_pretrained(beside, state_dict=adapters, safe_serialization=True)
+    elif layout.together:
+        stream(layout, beside, DTYPES[plan.model.dtype], main=main)
+    elif main:
         dtype = DTYPES[plan.model.dtype]
         state = cast(net, dtype)
-        net.config.use_cache = True  # switched off for training only
-        net.config.dtype = dtype
-        net.save_pretrained(beside, state_dict=state, safe_serialization=True)
-        net.config.use_cache = False
-    else:
-        # The adapter's card and config name the base; a user without that local folder needs the Hub id, not a cache path.
-        net.peft_config["default"].base_model_name_or_path = plan.config.model.name
-        net.save_pretrained(beside, safe_serialization=True)
+        with as_loaded(net, dtype):
+            net.save_pretrained(beside, state_dict=state, safe_serialization=True)
+    if main:
+        finish(beside, folder.model, base, tokenizer)
+    return folder.model
+
+
+def finish(beside: Path, final: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(beside)
     for licence in sorted(base.glob("LICENSE*")):
         shutil.copy(licence, beside / licence.name)
     for file in beside.iterdir():
         readable(file)
-    if folder.model.exists():
-        shutil.rmtree(folder.model)
-    os.replace(beside, folder.model)
-    return folder.model
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(beside, final)
+
+
+@contextlib.contextmanager
+def as_loaded(net: Any, dtype: torch.dtype) -> Iterator[None]:
+    """The config as users want it: the cache was switched off for training only."""
+    net.config.use_cache, net.config.dtype = True, dtype
+    yield
+    net.config.use_cache = False
+
+
+def stream(layout: Layout, beside: Path, dtype: torch.dtype, *, main: bool, shard_bytes: int = SHARD_BYTES) -> None:
+    """A whole fine-tuned model as one Hugging Face folder, gathered tensor by tensor: rank 0 holds one file's worth at a time.
+
+    Every rank calls it. Tied tensors are written once, under the name that the model loads.
+    """
+    net: Any = layout.inside
+    tied = set(getattr(net, "all_tied_weights_keys", None) or {})
+    sizes = {name: t.numel() * dtype.itemsize for name, t in net.state_dict().items() if name not in tied}
+    files = deal(sizes, shard_bytes)
+    names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    names = names if len(files) > 1 else ["model.safetensors"]
+    last = {group[-1]: (name, group) for name, group in zip(names, files, strict=True)}
+    held: dict[str, torch.Tensor] = {}
+    for name, tensor in layout.whole(sizes.__contains__):
+        if main:
+            held[name] = tensor.to("cpu", dtype).contiguous()
+            if name in last:
+                save_file(held, beside / last[name][0], metadata={"format": "pt"})
+                held.clear()
+    if not main:
+        return
+    if len(files) > 1:
+        where = {name: file for file, group in zip(names, files, strict=True) for name in group}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (beside / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    with as_loaded(net, dtype):
+        net.config.save_pretrained(beside)
+    if net.can_generate():
+        net.generation_config.save_pretrained(beside)
+
+
+def deal(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Names in their order, cut into files of at most `limit` bytes; a tensor larger than that has a file of its own."""
+    files: list[list[str]] = [[]]
+    room = limit
+    for name, size in sizes.items():
+        if size > room and files[-1]:
+            files.append([])
+            room = limit
+        files[-1].append(name)
+        room -= size
+    return files
 
 
 def cast(net: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:

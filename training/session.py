@@ -57,6 +57,11 @@ class Session:
         after = self.measure(loop)
         if self.runtime.main:
             self.finish(loop, before, after)
+        main, layout = self.runtime.main, loop.stepper.layout
+        path = export(self.runtime.folder, self.plan, self.base, layout, self.tokenizer, main=main)
+        if main:
+            record.update(self.runtime.folder, model_files=digests(path))
+        self.say(f"the model is in {path}")
         self.runtime.barrier()
         return True
 
@@ -209,11 +214,11 @@ class Session:
         return found
 
     def measure(self, loop: Loop) -> dict[str, Any] | None:
-        """Held-out loss on all ranks, answers on rank 0."""
+        """Held-out loss on all ranks; answers on rank 0, or on all where a forward takes all of them."""
         if loop.held_out is None:
             return None
         found: dict[str, Any] = evaluate.held_out_loss(loop.stepper, loop.held_out, self.pad_id)
-        if self.runtime.main:
+        if self.runtime.main or loop.stepper.layout.together:
             prompts = loop.held_out.prompts(self.generations)
             found["answers"] = evaluate.answers(
                 loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens
@@ -222,7 +227,7 @@ class Session:
         return found
 
     def finish(self, loop: Loop, before: dict[str, Any] | None, after: dict[str, Any] | None) -> None:
-        """Evaluation into the record and onto the screen, then the folder that users load."""
+        """Evaluation into the record and onto the screen."""
         if after is not None and loop.held_out is not None:
             prompts = loop.held_out.prompts(self.generations)
             decode = lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
@@ -238,9 +243,6 @@ class Session:
                 if found
             }
             record.update(self.runtime.folder, evaluation=brief)
-        path = export(self.runtime.folder, self.plan, self.base, loop.stepper.model_inside(), self.tokenizer)
-        record.update(self.runtime.folder, model_files=digests(path))
-        self.say(f"the model is in {path}")
 
     def say(self, text: str) -> None:
         if self.runtime.main:

@@ -1,0 +1,216 @@
+"""Loading for sharded layouts: a skeleton without memory, and its shards filled from the safetensors files row by row.
+
+`skeleton` builds the model with its parameters on the meta device (buffers are real: those that no file holds, like rotary
+frequencies, must be computed). After sharding, `fill` gives each rank's shards memory and reads only their rows; a 4-bit weight is
+quantized on the way, piece by piece, so that no rank ever holds a whole matrix in 16 bit. Ranks exchange nothing but the absmax of
+a matrix, whose mean double quantization needs. The result equals quantizing the whole matrix at once, bit for bit.
+
+Left out: models whose checkpoint names its tensors unlike the modules (fused experts): they are refused with the names.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ..kernels.nf4_linear import BLOCK, BLOCK2, NF4Linear, raw
+from ..launcher.errors import ModelError
+
+if TYPE_CHECKING:
+    from ..launcher.schema import Model
+
+PIECE = 1 << 21  # weights quantized at a time: bounds what is held in 16 and 32 bit beside the result to some 16 MiB
+
+
+def skeleton(folder: Path, model: Model, *, dtype: torch.dtype, attention: str) -> Any:
+    """The causal LM of a Hugging Face folder with parameters on meta, tied as its config says."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    options = {"trust_remote_code": model.trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    with init_empty_weights(include_buffers=False):
+        net: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **options)
+    net.tie_weights()
+    if (folder / "generation_config.json").exists():
+        net.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return net
+
+
+def to_nf4(net: Any, *, double: bool, compute_dtype: torch.dtype) -> None:
+    """Replaces every linear layer but the head (and what is tied to it) by an empty NF4Linear, in place."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    kept = set(get_keys_to_not_convert(net))  # what transformers leaves alone when it quantizes with bitsandbytes
+    for name, module in list(net.named_modules()):
+        for child, linear in list(module.named_children()):
+            path = f"{name}.{child}" if name else child
+            if type(linear) is torch.nn.Linear and path not in kept:
+                bias = None if linear.bias is None else linear.bias.data
+                size = (linear.out_features, linear.in_features)
+                dtype = linear.weight.dtype
+                made = NF4Linear(*size, bias=bias, double=double, dtype=dtype, compute_dtype=compute_dtype)
+                setattr(module, child, made)
+
+
+def fill(net: Any, *, folder: Path, device: torch.device, offload: bool, seed: int) -> None:
+    """Memory and values for every sharded parameter of `net` that is on meta. `net` is a causal LM, or PEFT's model around one.
+
+    Collective. With `offload` parameters stay in host memory. Raises ModelError when the files lack a tensor.
+    """
+    materialize(net, device, torch.device("cpu") if offload else device)
+    core = net.get_base_model() if hasattr(net, "get_base_model") else net
+    with torch.no_grad(), Weights(folder) as weights:
+        done: set[int] = set()
+        for name, module in core.named_modules():
+            if isinstance(module, NF4Linear):
+                quantize(module, weights, hub_name(f"{name}.weight"), device)
+                done |= {id(module.weight), id(module.absmax)}
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in done and not is_adapter(f"{name}.{key}"):
+                    rows, start = own_rows(parameter)
+                    rows.copy_(weights.rows(hub_name(f"{name}.{key}"), parameter.shape, start, len(rows)))
+                    done.add(id(parameter))
+        start_adapters(core, seed)
+
+
+def materialize(net: torch.nn.Module, device: torch.device, parameters: torch.device) -> None:
+    """Memory, not yet values, for what is on meta; parameters that were one object still are."""
+    owners = [(m, k, p) for m in net.modules() for k, p in m.named_parameters(recurse=False)]
+    first: dict[int, tuple[torch.nn.Module, str]] = {}
+    tied = [(m, k, first.setdefault(id(p), (m, k))) for m, k, p in owners]
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        where = parameters if isinstance(tensor, DTensor) else device
+        return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor.to(where)
+
+    net._apply(move)
+    for module, key, (owner, name) in tied:
+        if (module, key) != (owner, name):
+            setattr(module, key, getattr(owner, name))
+
+
+def own_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(this rank's rows, number of the first) of a parameter sharded along its first dimension, or of a whole one."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local: torch.Tensor = parameter.to_local().detach()
+    return local, offset[0]
+
+
+class Weights:
+    """The safetensors files of a folder, opened when needed; reads rows, never a file."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.files: dict[str, Any] = {}
+        self.where: dict[str, str] = {}
+
+    def __enter__(self) -> Weights:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            self.where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            for file in sorted(self.folder.glob("*.safetensors")):
+                self.where |= dict.fromkeys(self._open(file.name).keys(), file.name)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.files.clear()
+
+    def _open(self, name: str) -> Any:
+        if name not in self.files:
+            self.files[name] = safe_open(self.folder / name, framework="pt")
+        return self.files[name]
+
+    def rows(self, name: str, shape: torch.Size, start: int, count: int) -> torch.Tensor:
+        """Rows start to start + count of tensor `name`, in the file's dtype; its shape must be `shape`."""
+        if name not in self.where:
+            raise ModelError(
+                f"{self.folder} has no tensor {name}, so this model cannot be streamed onto shards; its checkpoint names its "
+                f"tensors in another way ({', '.join(sorted(self.where)[:3])}, …). Train it with --set strategy.parallel=ddp."
+            )
+        found = self._open(self.where[name]).get_slice(name)
+        if list(found.get_shape()) != list(shape):
+            raise ModelError(f"{name} in {self.folder} is {found.get_shape()}, and config.json says {list(shape)}.")
+        return found[start : start + count]
+
+
+def quantize(module: NF4Linear, weights: Weights, name: str, device: torch.device) -> None:
+    """This rank's blocks of one NF4 layer from the rows that hold them; collective over the ranks that share the weight."""
+    from bitsandbytes.functional import get_4bit_type, quantize_4bit, quantize_blockwise
+
+    packed, first = own_rows(module.weight)
+    shape = torch.Size((module.out_features, module.in_features))
+    absmax = torch.empty(len(packed), dtype=torch.float32, device=device)
+    for at in range(0, len(packed), PIECE // BLOCK):
+        count = min(PIECE // BLOCK, len(packed) - at)
+        begin, end = (first + at) * BLOCK, (first + at + count) * BLOCK
+        row = begin // module.in_features
+        piece = weights.rows(name, shape, row, math.ceil(end / module.in_features) - row).to(device, module.dtype)
+        piece = piece.flatten()[begin - row * module.in_features : end - row * module.in_features]
+        bytes_, state = quantize_4bit(piece.contiguous(), blocksize=BLOCK, quant_type="nf4", compress_statistics=False)
+        packed[at : at + count].copy_(bytes_.view(count, -1))
+        absmax[at : at + count].copy_(state.absmax)
+    module.code.copy_(raw(get_4bit_type("nf4", device=device)))
+    scales, _ = own_rows(module.absmax)
+    if not module.nested:
+        scales.copy_(raw(absmax).view(-1, 4))
+        return
+    everyone = gathered(absmax, module.weight)
+    offset = everyone.mean()
+    eight_bit, second = quantize_blockwise(everyone - offset, blocksize=BLOCK2)
+    scales.copy_(eight_bit[first : first + len(packed)])
+    for buffer, values in ((module.code2, second.code), (module.absmax2, second.absmax), (module.offset, offset)):
+        buffer.copy_(raw(values.float()))
+
+
+def gathered(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The pieces [own rows] of all ranks that share `weight`, in order: [rows of weight]."""
+    if not isinstance(weight, DTensor):
+        return values
+    mesh: DeviceMesh = weight.device_mesh
+    group, ranks = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    most = math.ceil(weight.shape[0] / ranks)
+    padded = values.new_zeros(most)
+    padded[: len(values)] = values
+    out = values.new_empty(most * ranks)
+    dist.all_gather_single(out, padded, group=group)
+    return out[: weight.shape[0]]
+
+
+def start_adapters(core: Any, seed: int) -> None:
+    """A as PEFT starts it in one process from the same seed (Kaiming uniform, in the dtype of the base), B zero; each rank keeps its
+    rows. PEFT itself would put them on the meta device of their base."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in core.modules():
+            if not isinstance(getattr(module, "lora_A", None), torch.nn.ModuleDict) or "default" not in module.lora_A:
+                continue
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            first = torch.nn.Linear(a.shape[1], a.shape[0], bias=False).weight  # the constructors draw, too
+            torch.nn.Linear(b.shape[1], b.shape[0], bias=False)
+            torch.nn.init.kaiming_uniform_(first, a=math.sqrt(5))
+            base = module.base_layer.weight.dtype
+            rows, start = own_rows(a)
+            rows.copy_((first.to(base) if base.is_floating_point else first)[start : start + len(rows)])
+            own_rows(b)[0].zero_()
+
+
+def is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def hub_name(name: str) -> str:
+    """The name of a tensor in the files: PEFT's wrappers taken away."""
+    return name.replace(".base_layer.", ".")
