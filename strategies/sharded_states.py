@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from .states import OPTIMIZER, TRAINABLE, optimizer_tensors, trainable
@@ -28,7 +29,7 @@ _background: dict[str, Any] = {}  # the process group of saves in the background
 
 def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer, background: bool) -> Future[None] | None:
     """Collective. In the background the values of now are copied first; the future of rank 0 ends after all ranks have written."""
-    state: dict[str, Any] = {**trainable(model), **optimizer_tensors(model, optimizer)}
+    state: dict[str, Any] = to_save(model, optimizer)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     if not background:
         dcp.save(state, storage_writer=writer)
@@ -42,54 +43,76 @@ def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer, background:
 def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
     """Fills model and optimizer, sharded or not, from the files of any layout. Collective where there are several ranks.
 
-    Raises ValueError when the files hold other parameters than the model trains, or in another shape or dtype.
+    Raises ValueError when the files hold other parameters than the model trains, or in another shape or dtype, or states that only
+    as many ranks as wrote them can read.
     """
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, TensorStorageMetadata] = reader.read_metadata().state_dict_metadata  # type: ignore[assignment]
     wanted = trainable(model)
-    names = {name for name in stored if "/" not in name and name in wanted}
-    others = _weights_of(folder) - set(wanted)
-    if missing := (set(wanted) - names) | others:
-        raise ValueError(f"{folder} holds other parameters than this model: {sorted(missing)[:3]} …")
+    files = _files(folder)
+    held = {name for name in files if "/" not in name}
+    if held != set(wanted):
+        raise ValueError(f"{folder} holds other parameters than this model: {sorted(held ^ set(wanted))[:3]} …")
     state: dict[str, Any] = dict(wanted)
-    by_parameter: dict[str, dict[str, Any]] = {name: {} for name in wanted}
+    states: dict[str, dict[str, Any]] = {name: {} for name in wanted}
     for name, about in stored.items():
         parameter, slash, key = name.rpartition("/")
+        key, own, owner = key.partition("@")
         if not slash:
             continue
+        if own and owner.partition("of")[2] != _rank().partition("of")[2]:
+            raise ValueError(
+                f"{folder} holds 8-bit optimizer states of {owner.partition('of')[2]} ranks, whose blocks cannot be cut for another "
+                f"number; resume with cluster.processes as before, or train with optimization.optimizer adamw"
+            )
+        if own and owner != _rank():
+            continue
         if not about.size:
-            by_parameter[parameter][key] = _scalar(folder, name)
-        else:
-            like = wanted[parameter]
-            dtype = about.properties.dtype
-            if about.size == like.shape:
-                made = torch.empty_like(like, dtype=dtype)
-            else:
-                made = torch.empty(about.size, dtype=dtype, device=like.device)
-            by_parameter[parameter][key] = state[name] = made
+            scalar = _scalar(files[name], name)
+            states[parameter][key] = int(scalar) if hasattr(optimizer, "is_paged") else scalar
+            continue
+        like, dtype = wanted[parameter], about.properties.dtype
+        sharded = about.size == like.shape and not own
+        made = (
+            torch.empty_like(like, dtype=dtype) if sharded else torch.empty(about.size, dtype=dtype, device=like.device)
+        )
+        states[parameter][key] = state[name] = made
     for name, target in state.items():
         if stored[name].size != target.shape or stored[name].properties.dtype != target.dtype:
             found = f"{tuple(stored[name].size)} {stored[name].properties.dtype}"
             raise ValueError(f"{name} in {folder} is {found}, and the model has {tuple(target.shape)} {target.dtype}")
     dcp.load(state, storage_reader=reader, no_dist=not dist.is_initialized())
     for name, trained in model.named_parameters():
-        if by_parameter.get(name):
-            optimizer.state[trained] = by_parameter[name]
+        if states.get(name):
+            optimizer.state[trained] = states[name]
 
 
-def _weights_of(folder: Path) -> set[str]:
-    """Names of parameters, not of states, in all files that hold some."""
-    found: set[str] = set()
-    for file in [*folder.glob("shard-*.safetensors"), *folder.glob(TRAINABLE)]:
-        with safe_open(file, framework="pt") as opened:
-            found |= {name for name in opened.keys() if "/" not in name}  # noqa: SIM118  (not a mapping)
+def to_save(model: torch.nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
+    """Weights and states. A state that is plain where its parameter is sharded is this rank's own and gets the rank in its name:
+    torch.distributed.checkpoint takes equal names for equal values, and writes one of them."""
+    weights = trainable(model)
+    out = dict(weights)
+    for name, tensor in optimizer_tensors(model, optimizer).items():
+        own = isinstance(weights[name.rpartition("/")[0]], DTensor) and not isinstance(tensor, DTensor) and tensor.ndim
+        out[f"{name}@{_rank()}" if own else name] = tensor
+    return out
+
+
+def _rank() -> str:
+    return f"{dist.get_rank()}of{dist.get_world_size()}" if dist.is_initialized() else "0of1"
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Name of each tensor -> one file that holds some of it."""
+    found: dict[str, Path] = {}
+    for file in [*folder.glob("shard-*.safetensors"), *(folder / name for name in (TRAINABLE, OPTIMIZER))]:
+        if file.exists():
+            with safe_open(file, framework="pt") as opened:
+                found |= dict.fromkeys(opened.keys(), file)
     return found
 
 
-def _scalar(folder: Path, name: str) -> torch.Tensor:
+def _scalar(file: Path, name: str) -> torch.Tensor:
     """A tensor without dimensions, like AdamW's step: the reader of torch 2.13 takes slices only."""
-    for file in [*folder.glob("shard-*.safetensors"), *folder.glob(OPTIMIZER)]:
-        with safe_open(file, framework="pt") as opened:
-            if name in opened.keys():  # noqa: SIM118
-                return opened.get_tensor(name)
-    raise ValueError(f"{folder} has lost {name}")
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
