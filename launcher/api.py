@@ -26,8 +26,11 @@ from .job import JobHandle, JobState
 from .model_spec import load_model_spec
 from .plan import Plan
 from .planner import make_plan
+from .replan import replan
 from .run_folder import RunFolder, new_run, open_run, require_disk
 from .schema import TrainConfig
+from .verify import Verdict
+from .verify import verify as verify_run
 
 if TYPE_CHECKING:
     from ..training.data import Prepared
@@ -59,20 +62,34 @@ def submit(config: ConfigLike, *, cluster: str | None = None, overrides: Sequenc
     return handle
 
 
-def resume(run: str) -> JobHandle:
-    """Goes on with a run from its newest valid checkpoint, with its own plan: here, or again in the queue of its scheduler."""
-    folder, decided = resumable(run)
+def resume(run: str, *, overrides: Sequence[str] = ()) -> JobHandle:
+    """Goes on with a run from its newest valid checkpoint: here, or again in the queue of its scheduler. With its own plan, or with
+    one made anew for other ranks or another layout, as `overrides` say."""
+    folder, decided = resumable(run, overrides)
     if decided.cluster.scheduler == "local":
         return _finish(folder, decided)
     handle: JobHandle = backends.of_plan(decided).submit(folder, decided)
     return handle
 
 
-def resumable(run: str) -> tuple[RunFolder, Plan]:
-    """An existing run that has ended early, and its plan."""
+def resumable(run: str, overrides: Sequence[str] = ()) -> tuple[RunFolder, Plan]:
+    """An existing run that has ended early, and its plan, which `overrides` change for this attempt and those that follow."""
     folder = open_run(run)
     refuse_to_resume(folder)
-    return folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+    decided = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+    if overrides:
+        decided = replan(decided, overrides)
+        refuse_what_cannot_start(decided)
+        record.write_atomically(folder.plan, decided.model_dump_json(indent=1) + "\n")
+    return folder, decided
+
+
+def verify(run: str, *, steps: int = 5) -> Verdict:
+    """Replays steps from the last checkpoint of a run that is not running, and compares with the recorded losses."""
+    folder = open_run(run)
+    if waiting_or_running(folder):
+        raise RunError(f"{folder.root} is {current_state(folder).value}; verify it when it has stopped.")
+    return verify_run(folder, steps)
 
 
 def begin(
@@ -206,7 +223,8 @@ def disk_bytes(decided: Plan) -> int:
         else decided.model.lora_params(config.strategy.lora.r, config.strategy.lora.targets)
     )
     final = decided.model.params * 2 if full else trained * 4
-    return trained * 12 * (config.checkpointing.keep + 1) + final
+    kept = config.checkpointing.keep + int(config.checkpointing.keep_best)
+    return trained * 12 * (kept + 1) + final
 
 
 def absolute(config: TrainConfig) -> TrainConfig:

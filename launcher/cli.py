@@ -77,6 +77,20 @@ def parser() -> argparse.ArgumentParser:
     submit.add_argument("--dry-run", "--dryrun", action="store_true", help="print the plan and what would be submitted")
     resume = verb("resume", _resume, "go on with a run from its newest checkpoint")
     resume.add_argument("run", metavar="RUN")
+    resume.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        dest="overrides",
+        help="go on with other ranks or in another layout: cluster.processes, strategy.parallel, …",
+    )
+    resume.add_argument(
+        "--verify",
+        action="store_true",
+        help="only replay steps from the last checkpoint and compare with the recorded losses",
+    )
+    resume.add_argument("--steps", type=int, default=5, metavar="N", help="with --verify: how many steps (5)")
     status = verb("status", _status, "state, step and attempts of a run", json=True)
     status.add_argument("run", metavar="RUN")
     logs = verb("logs", _logs, "what the ranks of a run wrote, rank by rank; -f follows until it ends")
@@ -155,7 +169,11 @@ def _submit(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from . import api, backends, local
 
-    folder, plan = api.resumable(options.run)
+    if options.verify:
+        verdict = api.verify(options.run, steps=options.steps)
+        print(verdict.text())
+        return 0 if verdict.holds else 1
+    folder, plan = api.resumable(options.run, options.overrides)
     if plan.cluster.scheduler != "local":
         handle = backends.of_plan(plan).submit(folder, plan)
         print(f"{handle.run} is {handle.handle}; follow it with `trebuchet logs -f {handle.folder}`")

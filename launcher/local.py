@@ -32,7 +32,7 @@ CLOCK_SLACK_S = 60.0  # a wall clock may be set while a job runs
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
 
 
-def job_spec(plan: Plan, folder: RunFolder) -> JobSpec:
+def job_spec(plan: Plan, folder: RunFolder, *, until: int | None = None) -> JobSpec:
     chosen = plan.chosen
     assert chosen is not None
     environment = {
@@ -47,7 +47,7 @@ def job_spec(plan: Plan, folder: RunFolder) -> JobSpec:
         name=folder.root.name,
         run_folder=folder.root,
         module="trebuchet.launcher.worker",
-        arguments=(str(folder.root),),
+        arguments=(str(folder.root), *(() if until is None else ("--until", str(until)))),
         environment=environment,
         nodes=1,
         tasks_per_node=chosen.ranks,
@@ -133,9 +133,10 @@ def execute(folder: RunFolder, plan: Plan) -> int:
         plan = next_plan
 
 
-def attempt(folder: RunFolder, plan: Plan) -> int:
-    """Starts the ranks once and waits for them; the exit code, with the attempt closed in the record."""
-    spec = job_spec(plan, folder)
+def attempt(folder: RunFolder, plan: Plan, *, until: int | None = None) -> int:
+    """Starts the ranks once and waits for them; the exit code, with the attempt closed in the record. `until` ends the run after that
+    step, without a checkpoint."""
+    spec = job_spec(plan, folder, until=until)
     record.write_atomically(folder.accelerate, accelerate_config(spec))
     folder.logs.mkdir(exist_ok=True)
     if record.read(folder)["state"] != JobState.PENDING.value:  # else it may be a wish to cancel what was submitted

@@ -248,7 +248,11 @@ class Evaluation(Section):
 
 class Checkpointing(Section):
     every: Every = Field(0.1, description="share of the run when below 1, else steps, between checkpoints")
-    keep: int = Field(3, ge=1, description="checkpoints kept")
+    keep: int = Field(3, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="keep the one with the lowest held-out loss, too")
+    background: bool = Field(
+        False, description="write while training goes on; costs a copy of what is saved in host memory"
+    )
 
 
 class ClusterRef(Section):

@@ -1,6 +1,6 @@
 """What runs on every rank: reads plan.json, never plans again, prepares the model, trains, evaluates, exports.
 
-    python -m trebuchet.launcher.worker RUN
+    python -m trebuchet.launcher.worker RUN [--until STEP]
 
 Started by accelerate, Slurm or Ray alike; it learns its rank from the environment. Everything a user should hear ends up in
 run.json and in one paragraph on rank 0; a traceback goes to the rank's log.
@@ -38,7 +38,7 @@ HARMLESS = {
 STOPPED = 75  # EX_TEMPFAIL: stopped at a step boundary with a checkpoint; `resume` goes on
 
 
-def main(run: str) -> int:
+def main(run: str, until: int | None = None) -> int:
     folder = RunFolder(Path(run))
     rank = int(os.environ.get("RANK", "0"))
     stopping.listen()
@@ -48,7 +48,7 @@ def main(run: str) -> int:
     node = None
     try:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
-        finished = train(folder, plan)
+        finished = train(folder, plan, until)
         code, error = (0, None) if finished else (STOPPED, None)
     except TrebuchetError as problem:
         code, error = problem.exit_code, str(problem)
@@ -69,8 +69,8 @@ def main(run: str) -> int:
     return 0 if code == STOPPED else code  # to whoever started the ranks, a stop that was asked for is no failure
 
 
-def train(folder: RunFolder, plan: Plan) -> bool:
-    """True when the run reached its end; False when it stopped early with a checkpoint."""
+def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
+    """True when the run reached its end; False when it stopped early, with a checkpoint or after step `until` without one."""
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -96,7 +96,7 @@ def train(folder: RunFolder, plan: Plan) -> bool:
     try:
         from ..training.session import Session
 
-        return Session(runtime).run()
+        return Session(runtime).run(until)
     finally:
         accelerator.end_training()
 
@@ -217,6 +217,6 @@ class _Tee:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise UserError("usage: python -m trebuchet.launcher.worker RUN")
-    sys.exit(main(sys.argv[1]))
+    if len(sys.argv) not in (2, 4) or sys.argv[2:3] not in ([], ["--until"]):
+        raise UserError("usage: python -m trebuchet.launcher.worker RUN [--until STEP]")
+    sys.exit(main(sys.argv[1], int(sys.argv[3]) if len(sys.argv) == 4 else None))

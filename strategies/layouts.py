@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,9 +128,16 @@ def update(optimizer: Optimizer) -> None:
 
 def _save(model: torch.nn.Module, optimizer: Optimizer, folder: Path, background: bool) -> Future[None] | None:
     """Rank 0 writes; all ranks hold the same."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return None
+    if not background:
         states.save(folder, model, optimizer)
-    return None
+        return None
+    copied = states.copy(model, optimizer)
+    pool = ThreadPoolExecutor(max_workers=1)
+    future = pool.submit(states.write, folder, *copied)
+    pool.shutdown(wait=False)
+    return future
 
 
 def _load(model: torch.nn.Module, optimizer: Optimizer, folder: Path) -> None:

@@ -17,9 +17,23 @@ from torch.optim import Optimizer
 TRAINABLE, OPTIMIZER = "trainable.safetensors", "optimizer.safetensors"
 
 
+Tensors = dict[str, torch.Tensor]
+
+
 def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
-    save_file(trainable(model), folder / TRAINABLE)
-    save_file(optimizer_tensors(model, optimizer), folder / OPTIMIZER)
+    write(folder, trainable(model), optimizer_tensors(model, optimizer))
+
+
+def write(folder: Path, weights: Tensors, states: Tensors) -> None:
+    save_file(weights, folder / TRAINABLE)
+    save_file(states, folder / OPTIMIZER)
+
+
+def copy(model: torch.nn.Module, optimizer: Optimizer) -> tuple[Tensors, Tensors]:
+    """What `save` would write now, in host memory of its own."""
+    both = (trainable(model), optimizer_tensors(model, optimizer))
+    weights, states = ({n: t.to("cpu", copy=True) for n, t in tensors.items()} for tensors in both)
+    return weights, states
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:

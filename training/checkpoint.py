@@ -1,14 +1,15 @@
-"""Checkpoints of unsharded layouts: everything that a step depends on, in safetensors and JSON, never a pickle.
+"""Checkpoints: everything that a step depends on, in safetensors and JSON, never a pickle.
 
     checkpoints/step-N/
-        trainable.safetensors    what is trained, by parameter name; the frozen base is not copied
-        optimizer.safetensors    `PARAMETER/STATE` -> tensor
+        trainable.safetensors, optimizer.safetensors     of layouts without shards (strategies/states.py), or
+        shard-R-….safetensors                            of each rank's shards (strategies/sharded_states.py)
         rng-R.safetensors        the random states of rank R
-        state.json               step, schedule, totals, the fingerprints that a resume must find again
+        state.json               step, schedule, held-out loss if just measured, the fingerprints that a resume must find again
         manifest.json            sizes and SHA-256 of the others, written last
 
-Written beside, synced, renamed; a folder without a valid manifest is never resumed from, and saying so is a line of the log.
-Left out: sharded state (torch.distributed.checkpoint).
+Written beside, synced, renamed; a folder without a valid manifest is never resumed from, and saying so is a line of the log. In the
+background, training goes on after the values were copied; the rename comes when all ranks have written. Left out: what a layout
+writes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ import json
 import os
 import random
 import shutil
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +37,82 @@ MANIFEST = "manifest.json"
 Say = Callable[[str], None]
 
 
-def save(
-    folder: RunFolder,
-    step: int,
-    write: Callable[[Path], object],
-    state: dict[str, Any],
-    *,
-    rank: int,
-    barrier: Callable[[], None],
-) -> Path:
-    """Writes `checkpoints/step-N`; collective. `write(folder)` adds what the layout saves, `state` is plain data."""
-    final = folder.checkpoint(step)
-    beside = final.with_name(f".{final.name}.writing")
-    if rank == 0:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    barrier()
-    save_file(rng_state(), beside / f"rng-{rank}.safetensors")
-    write(beside)
-    if rank == 0:
-        (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
-    barrier()
-    if rank == 0:
-        _seal(beside)
-        if final.exists():  # a resume that replays the same steps: the bytes are the same, the newer one wins
-            shutil.rmtree(final)
-        os.replace(beside, final)
-        _sync(final.parent)
-    barrier()
-    return final
+Write = Callable[[Path, bool], "Future[None] | None"]
+
+
+@dataclass
+class Saver:
+    """Saves of one run, at most one of them in the background. Every rank has one and calls it in step with the others."""
+
+    folder: RunFolder
+    rank: int
+    barrier: Callable[[], None]
+    pending: Future[None] | None = None
+    seconds: float = 0.0  # of the last save that was completed, rank 0
+
+    def save(
+        self,
+        step: int,
+        write: Write,
+        state: dict[str, Any],
+        *,
+        keep: int,
+        keep_best: bool = False,
+        background: bool = False,
+    ) -> None:
+        """Writes `checkpoints/step-N` and removes what is not kept. `write(folder, background)` adds what the layout saves."""
+        self.wait()
+        began = time.perf_counter()
+        final = self.folder.checkpoint(step)
+        beside = final.with_name(f".{final.name}.writing")
+        if self.rank == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.barrier()
+        save_file(rng_state(), beside / f"rng-{self.rank}.safetensors")
+        if self.rank == 0:
+            (beside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        written = write(beside, background)
+        self.barrier()
+
+        def complete() -> None:
+            if written is not None:
+                written.result()
+            if self.rank == 0:
+                _seal(beside)
+                if final.exists():  # a resume that replays the same steps: the bytes are the same, the newer one wins
+                    shutil.rmtree(final)
+                os.replace(beside, final)
+                _sync(final.parent)
+                prune(self.folder, keep, keep_best)
+                self.seconds = time.perf_counter() - began
+
+        if background:
+            self.pending = in_background(complete)
+        else:
+            complete()
+            self.barrier()
+
+    def wait(self) -> None:
+        """Until the save in the background is complete on this rank; raises what it raised."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Runs `work` in a thread of its own; unlike an executor's, it does not keep a failed process alive."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work()
+            future.set_result(None)
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
 
 
 def load(path: Path, read: Callable[[Path], object], *, rank: int) -> dict[str, Any]:
@@ -108,12 +160,23 @@ def check(path: Path) -> str | None:
     return None
 
 
-def prune(folder: RunFolder, keep: int) -> None:
-    """Removes all but the newest `keep`, and what an interrupted save left."""
-    for path in all_of(folder)[:-keep]:
-        shutil.rmtree(path)
+def prune(folder: RunFolder, keep: int, keep_best: bool = False) -> None:
+    """Removes all but the newest `keep` and, if wanted, the one with the lowest held-out loss; and what an interrupted save left."""
+    kept = all_of(folder)[-keep:]
+    best = min(filter(None, map(_held_out, all_of(folder))), default=None) if keep_best else None
+    for path in all_of(folder):
+        if path not in kept and (best is None or path != best[1]):
+            shutil.rmtree(path)
     for path in folder.checkpoints.glob(".step-*.writing"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _held_out(path: Path) -> tuple[float, Path] | None:
+    try:
+        loss = json.loads((path / "state.json").read_text(encoding="utf-8")).get("held_out_loss")
+    except (OSError, ValueError):
+        return None
+    return None if loss is None else (float(loss), path)
 
 
 def rng_state() -> dict[str, torch.Tensor]:

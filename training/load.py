@@ -5,6 +5,7 @@ Left out: the weights, which `strategies/prepare.py` loads.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from .data import Prepared, prepare
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SAMPLES, SAMPLE_BYTES = 256, 4096  # 1 MiB of each file
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]  # no pickles
 
 
@@ -52,6 +54,21 @@ def _from_hub(model: Model) -> Path:
             f"the weights of {model.name} are not on this machine and could not be downloaded ({reason}). Fetch them where "
             f"there is a network with `hf download {model.name}`, or set `model:` to a local folder in Hugging Face layout."
         ) from None
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over names, sizes, headers and evenly spaced samples of the weights' files: another fine-tune of the same model differs,
+    and 140 GB are not read. What checkpoints of adapters belong to."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(SAMPLE_BYTES * 16))  # the header, or most of it
+            for i in range(SAMPLES):
+                handle.seek(i * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(handle.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:

@@ -44,7 +44,10 @@ class Loop:
     checkpointing: Checkpointing
     identity: dict[str, Any]  # what a checkpoint must match to be resumed from: data fingerprint, batch, seed
     step_s: float = field(default=0.0, init=False)  # the longest step of this attempt
-    save_s: float = field(default=0.0, init=False)  # the last save of this attempt
+    measured: tuple[int, float] = field(default=(0, 0.0), init=False)  # step and loss of the last evaluation
+
+    def __post_init__(self) -> None:
+        self.saver = checkpoint.Saver(self.runtime.folder, self.runtime.rank, self.runtime.barrier)
 
     def resume(self) -> int:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
@@ -52,9 +55,12 @@ class Loop:
         random_state = checkpoint.rng_state()
         probe(self.stepper, self.batch(heaviest(self.rows, self.units.lengths.tolist(), self.micro_batch)))
         checkpoint.set_rng_state(random_state)
-        path = checkpoint.latest(self.runtime.folder, say=self.say)
-        if path is None:
+        # Rank 0 alone looks: hashing on every rank costs as many reads, and ranks that disagree would hang.
+        found = checkpoint.latest(self.runtime.folder, say=self.say) if self.runtime.main else None
+        step = int(self.runtime.total(checkpoint.step_of(found) if found else 0)[0])
+        if step == 0:
             return 0
+        path = self.runtime.folder.checkpoint(step)
         state = checkpoint.load(path, self.stepper.layout.load, rank=self.runtime.rank)
         if state["identity"] != self.identity:
             changed = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
@@ -69,8 +75,9 @@ class Loop:
             self.stepper.scaler.load_state_dict(state["scaler"])
         return int(state["step"])
 
-    def run(self, first: int) -> bool:
-        """Steps `first` to the end. True when the end was reached, False when a stop was asked for and a checkpoint saved."""
+    def run(self, first: int, until: int | None = None) -> bool:
+        """Steps `first` to the end. True when the end was reached, False when a stop was asked for and a checkpoint saved, or when
+        step `until` was reached: then nothing is evaluated or saved."""
         steps = self.order.steps
         evaluate_at, save_at = due(self.evaluation.every, steps), due(self.checkpointing.every, steps)
         if self.runtime.main:
@@ -89,12 +96,16 @@ class Loop:
                 watchdog.beat(done)
                 if self.runtime.main:
                     record.update(self.runtime.folder, step=done, steps=steps)
+                if until is not None:
+                    if done == until:
+                        return False
+                    continue
                 if done in evaluate_at and self.held_out is not None:
                     self.evaluate(done, progress)
                     watchdog.beat(done)
                 stopping = self.runtime.stopping(self.lead_s())
                 if done in save_at or stopping or done == steps:
-                    self.save(done)
+                    self.save(done, background=self.checkpointing.background and not stopping)
                     saved = done
                     watchdog.beat(done)
                 if stopping and done < steps:
@@ -102,6 +113,7 @@ class Loop:
                         record.update(self.runtime.folder, attempt={"lead_s": round(self.lead_s(), 1)})
                     progress.say(f"stopped after step {saved}/{steps}; the checkpoint is saved")
                     return False
+            self.saver.wait()
             return True
         finally:
             watchdog.stop()
@@ -125,30 +137,25 @@ class Loop:
     def evaluate(self, done: int, progress: Progress) -> None:
         assert self.held_out is not None
         found = held_out_loss(self.stepper, self.held_out, self.pad_id)
+        self.measured = (done, found["loss"])
         progress.write({"step": done, **{f"eval_{name}": value for name, value in found.items() if name != "tokens"}})
         progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}")
 
-    def save(self, done: int) -> None:
+    def save(self, done: int, *, background: bool = False) -> None:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}
         if self.stepper.scaler:
             state["scaler"] = self.stepper.scaler.state_dict()
-        began = time.perf_counter()
-        checkpoint.save(
-            self.runtime.folder,
-            done,
-            lambda folder: self.stepper.layout.save(folder, False),
-            state,
-            rank=self.runtime.rank,
-            barrier=self.runtime.barrier,
-        )
-        if self.runtime.main:
-            self.save_s = time.perf_counter() - began
-            record.update(self.runtime.folder, save_s=round(self.save_s, 3))  # sizes the warning of the next job
-            checkpoint.prune(self.runtime.folder, self.checkpointing.keep)
+        if self.measured[0] == done:
+            state["held_out_loss"] = self.measured[1]
+        kept = self.checkpointing
+        write = self.stepper.layout.save
+        self.saver.save(done, write, state, keep=kept.keep, keep_best=kept.keep_best, background=background)
+        if self.runtime.main and self.saver.seconds:
+            record.update(self.runtime.folder, save_s=round(self.saver.seconds, 3))  # sizes the warning of the next job
 
     def lead_s(self) -> float:
         """Seconds before the end of the job's time at which to save: a step and a save, with room for slower ones."""
-        return 2 * self.step_s + 3 * self.save_s
+        return 2 * self.step_s + 3 * self.saver.seconds
 
     def say(self, text: str) -> None:
         if self.runtime.main:

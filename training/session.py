@@ -44,7 +44,7 @@ class Session:
         if self.data.chat_template:  # the model is saved with the template it was trained with
             self.tokenizer.chat_template = self.data.chat_template
 
-    def run(self) -> bool:
+    def run(self, until: int | None = None) -> bool:
         prepared = self.prepared()
         self.report(prepared)
         # Adapters had to start equal on all ranks; dropout masks from here on must not be.
@@ -52,7 +52,7 @@ class Session:
         loop = self.loop(prepared)
         done = loop.resume()
         before = self.before(loop, done)
-        if not loop.run(done):
+        if not loop.run(done, until):
             return False
         after = self.measure(loop)
         if self.runtime.main:
@@ -117,6 +117,7 @@ class Session:
             evaluation=config.evaluation,
             checkpointing=config.checkpointing,
             identity={
+                "base": load.fingerprint(self.base),
                 "data": self.data.fingerprint,
                 "rows": len(rows),
                 "global_batch_size": optimization.global_batch_size,

@@ -58,7 +58,9 @@ def step(net: Net, optimizer: torch.optim.Optimizer) -> float:
 
 def saved(root: Path, number: int, net: Net, optimizer: torch.optim.Optimizer) -> Path:
     write, state = partial(states.save, model=net, optimizer=optimizer), {"identity": {"data": "x"}}
-    return checkpoint.save(RunFolder(root), number, write, state, rank=0, barrier=lambda: None)
+    saver = checkpoint.Saver(RunFolder(root), rank=0, barrier=lambda: None)
+    saver.save(number, lambda folder, background: write(folder), state, keep=9)
+    return RunFolder(root).checkpoint(number)
 
 
 def loaded(path: Path, net: Net, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
