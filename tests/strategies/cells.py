@@ -1,9 +1,10 @@
-"""What one rank of the matrix runs: each cell trains the same six steps through the product's own session, and says what it saw.
+"""What the ranks of the matrix run: the product's own session, loop and export, on gloo, in processes forked from one that has imported.
 
-    python cells.py JOB.json          with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in the environment
+    python cells.py JOB.json
 
-JOB.json: {"config": …, "out": FOLDER, "cells": {NAME: {"strategy": {…}, "chosen": {…}, "top": {…}}}}. `strategy` are keys of the YAML,
-`chosen` replaces fields of the plan that a planner for a CPU would not choose (offload). Rank 0 writes out/WORLD.json.
+JOB.json: {"config": …, "out": FOLDER, "groups": [{"world": 2, "cells": {NAME: CELL}}]}, groups one after the other. A cell is
+{"strategy": keys of the YAML, "top": {section: keys}, "chosen": fields of the plan that a planner for a CPU would not choose (offload),
+"from": NAME, "steps": [first, last], "save": true}. Each rank writes out/WORLD-RANK.json: what it saw, by cell.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -20,57 +22,79 @@ STEPS = 6
 
 
 def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any) -> dict[str, Any]:
-    import torch
+    """Trains from the newest checkpoint of its folder, if it has one, and looks at everything that the tests ask about."""
     from trebuchet.kernels import functional
+
+    loop, prepared = start(name, cell, job, accelerator)
+    layout = loop.stepper.layout
+    found: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], **observe(layout)}
+    functional.reset_calls()
+    done = loop.resume()
+    first, last = cell.get("steps", [0, STEPS])
+    assert done == first, (done, first)
+    for step in range(first, last):
+        result = loop.stepper.step([loop.batch(rows) for rows in micro_batches(loop, step)])
+        found["losses"].append(result.loss)
+        found["norms"].append(result.grad_norm)
+        found["tokens"].append((result.tokens, result.trained_tokens))
+        if step == 2 and "steps" not in cell:  # training goes on as if there had been none
+            loop.session.measure(loop)
+            found["after_evaluation"] = observe(layout)
+        if step + 1 in cell.get("save", []):
+            loop.save(step + 1, background=cell.get("background", False))
+    loop.saver.wait()
+    accelerator.wait_for_everyone()
+    found["calls"] = sorted(functional.calls())
+    found["kernels"] = prepared.kernels.summary() if prepared.kernels else None
+    if "export" in cell:
+        found["model"] = leave(loop)
+    return found
+
+
+def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any) -> tuple[Any, Any]:
+    """A session with its model prepared, in the folder of the cell: a new one, or the one of the cell that it goes on `from`."""
     from trebuchet.launcher import api
     from trebuchet.launcher.run_folder import RunFolder
     from trebuchet.strategies.prepare import prepare
-    from trebuchet.training.export import export
     from trebuchet.training.runtime import Runtime
     from trebuchet.training.session import Session
 
     tree = copy.deepcopy(job["config"])
-    world = int(os.environ["WORLD_SIZE"])
-    folder = RunFolder(Path(job["out"]) / f"{name}-{world}".replace(" ", "_"))
+    folder = RunFolder(Path(job["out"]) / cell.get("from", name).replace(" ", "_"))
     for section, values in cell.get("top", {}).items():
         tree[section] = {**tree.get(section, {}), **values}
     tree |= {"strategy": {**tree["strategy"], **cell["strategy"]}, "output": str(folder.root)}
-    tree["cluster"] = {"name": "local", "processes": world}
+    tree["cluster"] = {"name": "local", "processes": accelerator.num_processes}
     plan = api.plan(tree)
     assert plan.chosen is not None, [r.reason for r in plan.rejected]
     plan = plan.model_copy(update={"chosen": plan.chosen.model_copy(update=cell.get("chosen", {}))})
-    if accelerator.process_index == 0:
+    if accelerator.process_index == 0 and not folder.root.exists():
         api.write(folder, plan, None)
         folder.logs.mkdir()
     accelerator.wait_for_everyone()
     session = Session(Runtime(plan, folder, accelerator))
-    config, chosen = session.config, session.chosen
-    seed = config.optimization.seed
-    prepared = prepare(session.base, config.model, config.strategy, chosen, session.runtime.device, seed)
+    config, seed = session.config, session.config.optimization.seed
+    prepared = prepare(session.base, config.model, config.strategy, session.chosen, session.runtime.device, seed)
     loop = session.loop(prepared)
-    found: dict[str, Any] = {"parallel": chosen.parallel, "method": chosen.method, "losses": [], "norms": []}
-    found |= observe(loop.stepper.layout)
-    functional.reset_calls()
-    for step in range(STEPS):
-        result = loop.stepper.step([loop.batch(rows) for rows in micro_batches(loop, step)])
-        found["losses"].append(result.loss)
-        found["norms"].append(result.grad_norm)
-        if step == 2:  # training goes on as if there had been none
-            session.measure(loop)
-            found["after_evaluation"] = observe(loop.stepper.layout)
-    found["calls"] = sorted(functional.calls())
-    found["kernels"] = prepared.kernels.summary() if prepared.kernels else None
-    found["gathered"] = {n: list(t.shape) for n, t in loop.stepper.layout.whole(lambda n: True)}
+    loop.session = session  # type: ignore[attr-defined]
+    return loop, prepared
+
+
+def leave(loop: Any) -> str:
+    """The exported folder, with the logits that the model in memory gives on fixed ids."""
+    import torch
+    from trebuchet.training.export import export
+
+    layout, session = loop.stepper.layout, loop.session
+    layout.model.eval()
     with torch.no_grad(), loop.stepper.autocasting():
-        loop.stepper.model.eval()
-        ids = torch.arange(3, 35)[None]
-        logits = loop.stepper.model(input_ids=ids, use_cache=False).logits.float()
-        loop.stepper.layout.rest()
-    path = export(folder, plan, session.base, loop.stepper.layout, session.tokenizer, main=session.runtime.main)
-    if session.runtime.main:
+        logits = layout.model(input_ids=torch.arange(3, 35)[None], use_cache=False).logits.float()
+    layout.rest()
+    main = session.runtime.main
+    path = export(session.runtime.folder, session.plan, session.base, layout, session.tokenizer, main=main)
+    if main:
         torch.save(logits, path / "logits.pt")
-    found["model"] = str(path)
-    return found
+    return str(path)
 
 
 def micro_batches(loop: Any, step: int) -> list[tuple[int, ...]]:
@@ -94,25 +118,52 @@ def observe(layout: Any) -> dict[str, Any]:
     return {"kinds": sorted(kinds), "local_bytes": local, "whole_bytes": whole, "packed_bytes": four_bit}
 
 
-def main(path: str) -> None:
-    import torch
+def rank_main(group: dict[str, Any], job: dict[str, Any], rank: int, port: int) -> None:
+    world = group["world"]
+    several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= (several | {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}) if world > 1 else {}
     from accelerate import Accelerator
 
-    torch.set_num_threads(1)
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    assert accelerator.num_processes == world
     found = {}
-    for name, cell in job["cells"].items():
+    for name, cell in group["cells"].items():
         try:
             found[name] = run_cell(name, cell, job, accelerator)
         except Exception:
-            print(f"cell {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            print(f"rank {rank} of {world}, cell {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other ranks wait in a collective
-    out = Path(job["out"]) / f"{os.environ['WORLD_SIZE']}-{os.environ['RANK']}.json"
-    out.write_text(json.dumps(found), encoding="utf-8")
-    accelerator.end_training()
+    Path(job["out"], f"{group.get('name', world)}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def main(path: str) -> int:
+    """Imports once, then forks the ranks of each group; nothing here starts a thread before that."""
+    import accelerate
+    import bitsandbytes
+    import peft
+    import torch
+    import transformers
+    import trebuchet.training.session  # noqa: F401
+    from transformers.models.llama import modeling_llama  # noqa: F401
+
+    assert all((accelerate, bitsandbytes, peft, transformers))
+    torch.set_num_threads(1)
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    for group in job["groups"]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = []
+        for rank in range(group["world"]):
+            if not (pid := os.fork()):
+                rank_main(group, job, rank, port)
+                sys.stdout.flush()
+                os._exit(0)
+            ranks.append(pid)
+        if any([os.waitpid(pid, 0)[1] for pid in ranks]):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,49 @@
+"""Runs `cells.py` in a process of its own, which forks the ranks, and reads back what they saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Groups = list[dict[str, Any]]
+Run = Callable[[Path, Groups], dict[str, list[dict[str, Any]]]]
+CHANGES = {
+    "optimization.max_steps": 6,
+    "optimization.micro_batch": 1,
+    "optimization.weight_decay": 0.1,
+    "optimization.schedule": "constant",
+    "optimization.warmup": 0,
+    "evaluation.generations": 1,
+    "evaluation.max_new_tokens": 2,
+    "checkpointing.keep": 9,
+}
+
+
+@pytest.fixture(scope="session")
+def run_cells(tiny_config: Callable[..., dict[str, Any]]) -> Run:
+    """(folder, groups) -> for each cell what each of its ranks saw."""
+
+    def run(out: Path, groups: Groups) -> dict[str, list[dict[str, Any]]]:
+        out.mkdir(exist_ok=True)
+        job = {"config": tiny_config({**CHANGES, "tracking": []}), "out": str(out), "groups": groups}
+        (out / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).with_name("cells.py")), str(out / "job.json")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        found: dict[str, list[dict[str, Any]]] = {}
+        for group in groups:
+            ranks = range(group["world"])
+            seen = [json.loads((out / f"{group.get('name', len(ranks))}-{rank}.json").read_text()) for rank in ranks]
+            for cell in group["cells"]:
+                found[cell] = [of_rank[cell] for of_rank in seen]
+        return found
+
+    return run
