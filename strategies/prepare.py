@@ -62,7 +62,11 @@ def prepare(
     """
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
     streamed = chosen.parallel == "fsdp2"
-    net = _skeleton(folder, model, strategy, chosen) if streamed else _load(folder, model, strategy, chosen, device, score)
+    net = (
+        _skeleton(folder, model, strategy, chosen)
+        if streamed
+        else _load(folder, model, strategy, chosen, device, score)
+    )
     if score:
         from .score import add_score_places, start_scores_small
 

@@ -55,7 +55,6 @@ def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any
     """A session with its model prepared, in the folder of the cell: a new one, or the one of the cell that it goes on `from`."""
     from trebuchet.launcher import api
     from trebuchet.launcher.run_folder import RunFolder
-    from trebuchet.strategies.prepare import prepare
     from trebuchet.training.runtime import Runtime
     from trebuchet.training.session import Session
 
@@ -73,8 +72,7 @@ def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any
         folder.logs.mkdir()
     accelerator.wait_for_everyone()
     session = Session(Runtime(plan, folder, accelerator))
-    config, seed = session.config, session.config.optimization.seed
-    prepared = prepare(session.base, config.model, config.strategy, session.chosen, session.runtime.device, seed)
+    prepared = session.prepared()
     loop = session.loop(prepared)
     loop.session = session  # type: ignore[attr-defined]
     return loop, prepared
