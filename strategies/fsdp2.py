@@ -25,9 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from ..launcher.errors import JobFailed
 from . import sharded_states
-from .layouts import Layout, MakeOptimizer, update
+from .layouts import Layout, LayoutError, MakeOptimizer, update
 
 if TYPE_CHECKING:
     from ..launcher.plan import Chosen
@@ -39,7 +38,7 @@ COMPUTE = {"bf16-mixed": torch.bfloat16, "fp16-mixed": torch.float16, "fp32": to
 def fsdp2(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimizer: MakeOptimizer) -> Layout:
     """Shards the skeleton of `prepared`, fills it from the files, counts, and only then makes the optimizer. Collective.
 
-    Raises JobFailed when a parameter is not sharded.
+    Raises LayoutError when a parameter is not sharded.
     """
     inside = prepared.model
     core = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
@@ -98,11 +97,11 @@ def shard(core: Any, mesh: DeviceMesh, precision: MixedPrecisionPolicy, offload:
 
 
 def units(core: Any) -> list[torch.nn.Module]:
-    """Modules that are gathered one at a time, inner ones first. Raises JobFailed when the model does not name its layers."""
+    """Modules that are gathered one at a time, inner ones first. Raises LayoutError when the model does not name its layers."""
     names = set(core._no_split_modules or ())
     layers = [m for m in core.modules() if type(m).__name__ in names]
     if not layers:
-        raise JobFailed(f"{type(core).__name__} does not say what its decoder layers are; use strategy.parallel=ddp.")
+        raise LayoutError(f"{type(core).__name__} does not say what its decoder layers are; use strategy.parallel=ddp.")
     embedding, head = core.get_input_embeddings(), core.get_output_embeddings()
     tied = head is None or head.weight is embedding.weight
     return layers if tied else [*layers, embedding, head]
@@ -111,7 +110,7 @@ def units(core: Any) -> list[torch.nn.Module]:
 def count(model: torch.nn.Module, shards: int) -> tuple[int, int]:
     """(bytes of parameters on this rank, bytes of the same unsharded). A shard is at most its share of the rows, rounded up to one.
 
-    Raises JobFailed, naming the largest offenders, when this rank holds more.
+    Raises LayoutError, naming the largest offenders, when this rank holds more.
     """
     local = whole = 0
     wrong: list[tuple[int, str]] = []
@@ -125,7 +124,7 @@ def count(model: torch.nn.Module, shards: int) -> tuple[int, int]:
         local, whole = local + here, whole + size
     if wrong:
         largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for size, name in sorted(wrong, reverse=True)[:3])
-        raise JobFailed(
+        raise LayoutError(
             f"{len(wrong)} parameters are not sharded over {shards} ranks: {largest}. This rank holds {local / 2**20:.1f} MiB of "
             f"{whole / 2**20:.1f}, and the plan counts on {whole / shards / 2**20:.1f}."
         )

@@ -44,6 +44,10 @@ MakeOptimizer = Callable[[torch.nn.Module], Optimizer]
 Context = contextlib.AbstractContextManager[object]
 
 
+class LayoutError(Exception):
+    """A model or a checkpoint that cannot be laid out as the plan says, in a sentence for the user; the session fails with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """See the head of this file. `local_bytes`: of parameters on this rank; `whole_bytes`: of the same parameters unsharded."""

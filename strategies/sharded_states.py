@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from .layouts import LayoutError
 from .states import OPTIMIZER, TRAINABLE, optimizer_tensors, trainable
 
 _background: dict[str, Any] = {}  # the process group of saves in the background: their collectives meet no others
@@ -43,8 +44,8 @@ def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer, background:
 def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
     """Fills model and optimizer, sharded or not, from the files of any layout. Collective where there are several ranks.
 
-    Raises ValueError when the files hold other parameters than the model trains, or in another shape or dtype, or states that only
-    as many ranks as wrote them can read.
+    Raises ValueError when the files hold other parameters than the model trains, or in another shape or dtype; LayoutError for
+    states that only as many ranks as wrote them can read.
     """
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, TensorStorageMetadata] = reader.read_metadata().state_dict_metadata  # type: ignore[assignment]
@@ -61,7 +62,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
         if not slash:
             continue
         if own and owner.partition("of")[2] != _rank().partition("of")[2]:
-            raise ValueError(
+            raise LayoutError(
                 f"{folder} holds 8-bit optimizer states of {owner.partition('of')[2]} ranks, whose blocks cannot be cut for another "
                 f"number; resume with cluster.processes as before, or train with optimization.optimizer adamw"
             )

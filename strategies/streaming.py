@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..kernels.nf4_linear import BLOCK, BLOCK2, NF4Linear, raw
-from ..launcher.errors import ModelError
+from .layouts import LayoutError
 
 if TYPE_CHECKING:
     from ..launcher.schema import Model
@@ -65,7 +65,7 @@ def to_nf4(net: Any, *, double: bool, compute_dtype: torch.dtype) -> None:
 def fill(net: Any, *, folder: Path, device: torch.device, offload: bool, seed: int) -> None:
     """Memory and values for every sharded parameter of `net` that is on meta. `net` is a causal LM, or PEFT's model around one.
 
-    Collective. With `offload` parameters stay in host memory. Raises ModelError when the files lack a tensor.
+    Collective. With `offload` parameters stay in host memory. Raises LayoutError when the files lack a tensor.
     """
     materialize(net, device, torch.device("cpu") if offload else device)
     core = net.get_base_model() if hasattr(net, "get_base_model") else net
@@ -136,13 +136,13 @@ class Weights:
     def rows(self, name: str, shape: torch.Size, start: int, count: int) -> torch.Tensor:
         """Rows start to start + count of tensor `name`, in the file's dtype; its shape must be `shape`."""
         if name not in self.where:
-            raise ModelError(
+            raise LayoutError(
                 f"{self.folder} has no tensor {name}, so this model cannot be streamed onto shards; its checkpoint names its "
                 f"tensors in another way ({', '.join(sorted(self.where)[:3])}, …). Train it with --set strategy.parallel=ddp."
             )
         found = self._open(self.where[name]).get_slice(name)
         if list(found.get_shape()) != list(shape):
-            raise ModelError(f"{name} in {self.folder} is {found.get_shape()}, and config.json says {list(shape)}.")
+            raise LayoutError(f"{name} in {self.folder} is {found.get_shape()}, and config.json says {list(shape)}.")
         return found[start : start + count]
 
 

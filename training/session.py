@@ -14,7 +14,7 @@ import torch
 
 from ..launcher import record
 from ..launcher.errors import JobFailed
-from ..strategies.layouts import place
+from ..strategies.layouts import LayoutError, place
 from ..strategies.prepare import Prepared, compute_dtype, prepare, prepare_frozen
 from . import evaluate, load
 from .adapter import digests
@@ -45,6 +45,12 @@ class Session:
             self.tokenizer.chat_template = self.data.chat_template
 
     def run(self, until: int | None = None) -> bool:
+        try:
+            return self.attempt(until)
+        except LayoutError as problem:
+            raise JobFailed(str(problem)) from None
+
+    def attempt(self, until: int | None = None) -> bool:
         prepared = self.prepared()
         self.report(prepared)
         # Adapters had to start equal on all ranks; dropout masks from here on must not be.
