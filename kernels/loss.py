@@ -23,6 +23,7 @@ or 2,048 (dW too).
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
 from .loss_torch import Stats, softmax_rows
@@ -71,7 +72,8 @@ class _Kept:
 
     def __init__(self, labels: Tensor, ignore_index: int, chunk: int) -> None:
         mask = labels != ignore_index
-        self.total = int(mask.sum())
+        # Fake labels have no values; what a step can need at most is asked of them, so all of them count.
+        self.total = len(labels) if is_fake(labels) else int(mask.sum())
         self.index = None if self.total == len(labels) else mask.nonzero().squeeze(1)
         self.chunk = chunk
 

@@ -9,6 +9,7 @@ faults (measured).
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 # Elements of the fp32 work buffer. 2^20 is 21 rows of 49,152 logits, two buffers of 4 MiB: measured flat from 2^19 to
 # 2^21.
@@ -43,6 +44,8 @@ def softmax_rows(
     g_entropy = grads[2] if grads is not None else None
     entropy = logits.new_empty(rows if want_entropy else 0, dtype=dtype)
     argmax = labels.new_empty(rows if want_argmax else 0)
+    if is_fake(logits):  # no values to work on, and the two buffers below are a few MiB
+        return logp, lse, entropy, argmax
     step = max(1, min(rows, _BLOCK // max(vocab, 1)))
     work, probs = logits.new_empty(step, vocab, dtype=dtype), logits.new_empty(step, vocab, dtype=dtype)
     for start in range(0, rows, step):

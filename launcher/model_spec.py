@@ -115,7 +115,7 @@ def load_model_spec(model: Model, *, offline: bool | None = None) -> ModelSpec:
     snapshot = files.cached_snapshot(model.name, model.revision)
     if snapshot is not None:
         return _from_folder(snapshot, model, "cache", snapshot.name)
-    row = _table_row(model.name)
+    row = table_config(model.name)
     if row is not None:
         return _spec(model.name, row, layout(row), source="table", revision=model.revision)
     if _offline_by_environment() if offline is None else offline:
@@ -141,7 +141,7 @@ def table() -> dict[str, dict[str, Any]]:
     return out
 
 
-def _table_row(name: str) -> dict[str, Any] | None:
+def table_config(name: str) -> dict[str, Any] | None:
     """The Hub ignores case in names, and so does this."""
     return next((config for known, config in table().items() if known.lower() == name.lower()), None)
 

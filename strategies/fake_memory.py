@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -39,24 +41,70 @@ class StepMemory:
         return max(self.forward_peak_bytes, self.backward_peak_bytes, self.optimizer_peak_bytes)
 
 
+# Ops of the kernel layer that make tensors of their own on the way: their bodies run, so that those are seen. The others
+# are single kernels, and their fake results are all they make.
+COMPOSED = frozenset(f"trebuchet::{name}" for name in ("lora_project", "lora_mlp", "token_loss", "token_loss_backward"))
+
+
 class StorageTracker(TorchDispatchMode):
     """Counts the bytes of all storages that operators make while it is entered, each until it is freed.
 
     Enter it inside a FakeTensorMode. `live_bytes` is now, `peak_bytes` the most since the start or the last
-    `restart_peak`.
+    `restart_peak`. Distributed tensors are let through to their local parts, and a storage that is resized in place, as
+    FSDP2 does to give a gathered parameter back, is counted with its new size. Tensors of another fake world, in which
+    DTensor works out global shapes, are not memory and are left out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
         self._seen: dict[int, int] = {}
+        self._depth = 0
+        self._mode: FakeTensorMode | None = None
+
+    def __enter__(self) -> "StorageTracker":
+        if self._depth == 0:
+            mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+            assert isinstance(mode, FakeTensorMode), "enter the tracker inside a FakeTensorMode"
+            self._mode, self._resize = mode, torch.UntypedStorage.resize_
+            torch.UntypedStorage.resize_ = self._resized  # type: ignore[method-assign,assignment]
+        self._depth += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        name = func._schema.name
+        if name in COMPOSED:
+            with self, torch.no_grad():
+                return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, FakeTensor):
+            if isinstance(leaf, FakeTensor) and leaf.fake_mode is self._mode:
                 self._count(leaf)
         return result
+
+    @property
+    def _resized(self) -> Callable[..., Any]:
+        tracker = self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = tracker._resize(storage, size)
+            known = tracker._seen.get(storage._cdata)
+            if known is not None:
+                tracker._seen[storage._cdata] = size
+                tracker.live_bytes += size - known
+                tracker.peak_bytes = max(tracker.peak_bytes, tracker.live_bytes)
+            return result
+
+        return resize_
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -130,15 +178,21 @@ def materialize(model: nn.Module, device: str) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-                    made[id(tensor)] = (
-                        nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    )
+                    made[id(tensor)] = _empty_like(tensor, device)
                 slots[name] = made[id(tensor)]  # type: ignore[assignment]
         state = getattr(module, "quant_state", None)
         if state is not None:
             _materialize_scales(state, device)
             module.weight.quant_state = state  # type: ignore[union-attr]  # where bitsandbytes' forward looks first
+
+
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    """Of a sharded parameter only the local part becomes memory."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    empty = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
+    if isinstance(tensor, DTensor):
+        empty = DTensor(empty, tensor._spec, requires_grad=tensor.requires_grad)  # type: ignore[abstract]
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def fake_nf4(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> None:

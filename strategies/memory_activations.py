@@ -63,9 +63,10 @@ def activations(r: MemoryRequest) -> Activations:
     ]  # counted in `saved` already
     frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
     loss, held_logits = loss_bytes(r)
+    mask = _mask_elements(r) if r.checkpointing != "none" else 0  # one of bytes for all layers, read again by each
     return Activations(
-        kept=int(layers * saved),
-        kept_last=int(saved),
+        kept=int(layers * saved) + mask,
+        kept_last=int(saved) + mask,
         working=max(int(worst - again), 0),
         retained=max(layers - 2, 0) * boundary if frozen_fsdp1 else 0,
         loss=loss,
@@ -110,15 +111,22 @@ def _attention(r: MemoryRequest) -> tuple[float, float, float]:
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     litgpt = r.kernels == "chunked-ce"
     packed = 2 * q * e if litgpt and kv == q else 0  # its v is a view of the packed projection, which keeps q and k
-    if r.attention != "flash" and not litgpt:
-        kv = q  # transformers repeats keys and values for sdpa and eager attention
+    if r.attention != "flash" and not litgpt and (r.kernels != "trebuchet" or r.attention == "eager" or r.packed):
+        kv = q  # transformers repeats keys and values for eager attention, and for sdpa with a mask
     per_token = (2 * q + 2 * kv) * e + packed + _adapter_copies(r, ("q", "k", "v", "o"))
-    if r.attention != "eager":
-        return per_token + 4 * m.num_heads, 0.0, 0.0
+    if r.attention != "eager":  # sdpa turns a boolean mask into one of numbers, for each call and kept for its backward
+        bias = float(e * _mask_elements(r))
+        return per_token + 4 * m.num_heads, bias, bias
     scores = float(r.rows * m.num_heads * r.seq_len**2)
     kept, peak = (4, C["eager_score_bytes_fp32"]) if e == 4 else (6, C["eager_score_bytes_16bit"])
     mask = e * r.rows * r.seq_len**2  # one for all layers
     return per_token, kept * scores, peak * scores + mask
+
+
+def _mask_elements(r: MemoryRequest) -> int:
+    """Elements of the mask [rows, 1, T, T] that keeps packed samples apart: this project's rows under sdpa have one."""
+    masked = r.attention == "sdpa" and r.packed and r.kernels == "trebuchet"
+    return r.rows * r.seq_len**2 if masked else 0
 
 
 def _norms(r: MemoryRequest) -> float:
@@ -232,6 +240,10 @@ def _selective(r: MemoryRequest) -> float:
     q, v, gate and down; an eager adapter adds two products, of which the wide one is kept as well."""
     m, e = r.model, hidden_width(r)
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    if r.kernels == "trebuchet":  # products with adapters or 4-bit weights on one input are one op, the MLP is none
+        fused = r.method != "full" and (r.method != "lora" or set(r.lora_targets or ()) & {"q", "k", "v"})
+        mlp = 2 * m.active_experts * m.intermediate_size if r.adapters and _copies_input(r) else 0
+        return (2 * q + (2 if fused else 1) * kv + mlp) * e * float(r.tokens)
     wide = {"q": q, "v": kv, "gate": m.active_experts * m.intermediate_size, "down": m.active_experts * m.hidden_size}
     eager = r.lora_targets or () if r.adapters and r.kernels != "trebuchet" else ()
     return (q + sum(size * (2 if name in eager else 1) for name, size in wide.items())) * e * float(r.tokens)

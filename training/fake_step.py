@@ -1,0 +1,201 @@
+"""`plan --probe`: one optimizer step of the planned run on fake tensors, its live bytes beside the formula's.
+
+The model code that a rank would run (transformers, PEFT, bitsandbytes' layers, the kernel layer, activation
+checkpointing, DDP or FSDP2) under FakeTensorMode and, for several ranks, with a process group that only pretends, as
+rank 0 of the planned number. No weights, no GPU, no data: shapes, dtypes and storages, counted until they die.
+
+Left out, because the fake world has none of it: the caching allocator (compare live bytes, not reserved ones), CUDA's
+context and workspaces, and what DeepSpeed does; loading and saving. A step of the longest rows, all of them full; with
+accumulation two micro-batches, after which the third is like the second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..kernels.launch_table import TABLE
+from ..launcher.errors import UserError
+from ..launcher.model_spec import table_config
+from ..launcher.plan import Plan
+from ..strategies import prepare
+from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
+from .objectives import LOSSES
+from .optim import make_optimizer
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """Live bytes of rank 0, weights included. `phases` has the formula's names; `resident` is what lies between steps."""
+
+    weights_bytes: int
+    phases: dict[str, int]
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.phases.values())
+
+
+def probe(plan: Plan) -> Probe:
+    """Runs the chosen strategy's step. Raises UserError for a plan that has none, or one that cannot be run like this."""
+    chosen = plan.chosen
+    if chosen is None:
+        raise UserError("--probe runs one step of the chosen strategy, and nothing fits; see `trebuchet plan` without it.")
+    if chosen.parallel == "zero3":
+        raise UserError(
+            "--probe cannot run DeepSpeed, whose buffers are not made by torch operators; probe the FSDP2 layout with "
+            "--set strategy.parallel=fsdp2."
+        )
+    began = time.perf_counter()
+    with _world(chosen.ranks), _as_on(chosen.device):
+        weights, phases = _step(plan)
+    return Probe(weights_bytes=weights, phases=phases, seconds=time.perf_counter() - began)
+
+
+def _step(plan: Plan) -> tuple[int, dict[str, int]]:
+    chosen, config = plan.chosen, plan.config
+    assert chosen is not None
+    net = build(plan)
+    tracker = StorageTracker()
+    with FakeTensorMode(allow_non_fake_inputs=False), tracker, torch.device("cpu"):
+        materialize(net, "cpu")
+        weights = tracker.live_bytes
+        net = _wrapped(net, plan)
+        optimizer = make_optimizer(net.named_parameters(), "adamw", 1e-5, 0.0)
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        for parameter in trainable:  # between steps the optimizer has its states
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        if chosen.accumulation == 1:  # else this is a later micro-batch, which adds to gradients that are there
+            optimizer.zero_grad(set_to_none=True)
+        tracker.restart_peak()
+        _loss(plan, net).backward()
+        phases = {"forward_backward": tracker.peak_bytes}
+        if config.optimization.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trainable, config.optimization.max_grad_norm)
+        tracker.restart_peak()
+        optimizer.step()
+        phases["optimizer_step"] = tracker.peak_bytes
+    return weights, phases
+
+
+def build(plan: Plan) -> Any:
+    """The planned model on the meta device: quantized, adapted, patched, checkpointed, sharded; no bytes yet."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    chosen, config = plan.chosen, plan.config
+    assert chosen is not None
+    if plan.model.path:
+        found: Any = AutoConfig.from_pretrained(plan.model.path, local_files_only=True)
+    else:
+        row = table_config(plan.model.name)
+        found = AutoConfig.for_model(**row)
+    with torch.device("meta"):
+        net: Any = AutoModelForCausalLM.from_config(
+            found, dtype=prepare.storage_dtype(chosen), attn_implementation=prepare.ATTENTION[chosen.attention]
+        )
+        net.config.use_cache = False
+        if chosen.method == "qlora":
+            fake_nf4(net)
+        if chosen.method != "full":
+            net = prepare._adapt(net, config.strategy)
+        prepare._patch(net, config.strategy)
+        if chosen.checkpointing != "none":
+            prepare._checkpoint_activations(net, chosen)
+    if chosen.device == "cuda":
+        _cuda_dropout(net)
+    if chosen.parallel == "fsdp2":
+        shard(net, plan)
+    return net.train()
+
+
+def shard(net: Any, plan: Plan) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    chosen = plan.chosen
+    assert chosen is not None
+    mesh = init_device_mesh("cpu", (chosen.dp_replicate, chosen.dp_shard) if chosen.dp_replicate > 1 else (chosen.dp_shard,))
+    policy = MixedPrecisionPolicy(param_dtype=prepare.compute_dtype(chosen.precision), reduce_dtype=torch.float32)
+    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
+    for layer in inner.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(net, mesh=mesh, mp_policy=policy)
+
+
+def _wrapped(net: nn.Module, plan: Plan) -> nn.Module:
+    assert plan.chosen is not None
+    if plan.chosen.parallel != "ddp":
+        return net
+    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
+
+
+def _loss(plan: Plan, net: nn.Module) -> Tensor:
+    chosen, config = plan.chosen, plan.config
+    assert chosen is not None
+    shape = (chosen.micro_batch, config.data.max_length)
+    ids = torch.zeros(shape, dtype=torch.long)
+    # Fake position ids are taken for those of packed rows, which get a mask; without them transformers makes none.
+    positions = ids.clone() if config.data.packing and chosen.device == "cuda" else None
+    batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+    dtype = prepare.compute_dtype(chosen.precision)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        return LOSSES[config.objective.name](net, batch, kernels=config.strategy.kernels != "off")
+
+
+@contextlib.contextmanager
+def _world(ranks: int) -> Iterator[None]:
+    """Rank 0 of a process group of `ranks` whose collectives exchange nothing."""
+    if ranks == 1:
+        yield
+        return
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _as_on(device: str) -> Iterator[None]:
+    """The loss takes its tokens in chunks of the size that it has on `device`; fake tensors are on the CPU."""
+    chunks = TABLE["token_chunk"]
+    before = dict(chunks)
+    if device == "cuda":
+        chunks.update(other_frozen=chunks["cuda_frozen"], other_trained=chunks["cuda_trained"])
+    try:
+        yield
+    finally:
+        chunks.update(before)
+
+
+class _Mask(torch.autograd.Function):
+    """Dropout as the CUDA kernel does it: a mask of one byte an element, where the CPU keeps one of the input's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.ones_like(x, dtype=torch.bool))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * ctx.saved_tensors[0]
+
+
+def _cuda_dropout(net: nn.Module) -> None:
+    for module in net.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.forward = _Mask.apply  # type: ignore[method-assign]
