@@ -99,7 +99,8 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
     resident = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
     gathered = s.root + s.block
     zero = r.parallel in ("zero2", "zero3")
-    early = s.gradients if r.grad_accum > 1 or zero else 0  # DeepSpeed's gradient partition is allocated once
+    buckets = r.parallel == "ddp" and r.gpus > 1 and r.kernels == "trebuchet"  # gradients live in them for good
+    early = s.gradients if r.grad_accum > 1 or zero or buckets else 0  # DeepSpeed's partition is allocated once
     loading = {"weights": s.weights, "adapters": s.adapters, "buffers": s.buffers + s.staging}
     at_loss = {
         "gradients": early,
@@ -113,19 +114,56 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
         "activations": a.kept + a.working,
         "logits": a.held_logits,
     }
+    unborn = s.block_gradients - s.block_gradient if r.parallel in ("none", "ddp") and not early else 0
     first_block = {
-        "gradients": s.gradients,
-        "gathered": gathered,
+        "gradients": s.gradients - unborn + s.reduced_block,
+        "gathered": s.root + (s.block // C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else s.block),
         "activations": (a.kept + a.retained if a.retained else a.kept_last) + a.working,
         "logits": a.held_logits,
     }
+    less = a.working - a.ending  # at the end of the MLP's backward, with the gradients of the block's weights
+    last_end = {
+        **last_block,
+        "gradients": early + s.head_gradient + s.block_gradients,
+        "activations": last_block["activations"] - less,
+    }
+    first_end = {**first_block, "gradients": s.gradients + s.reduced_block + (s.block_gradients if s.reduced_block else 0)}
+    first_end["activations"] = first_block["activations"] - less
+    moments = [("load", loading)]
+    moments += [
+        ("forward_backward", {**resident, **parts})
+        for parts in (at_loss, last_block, last_end, first_block, first_end)
+    ]
+    if s.reduced_root:
+        moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a)]
+    elif not r.adapters and r.parallel in ("none", "ddp") and (early or not r.model.head_params):
+        # the embedding's gradient comes last, whole: added in place to one that is there, and to a tied head's beside both
+        more = (0 if r.model.head_params else 2) + (1 if early else 0)
+        end = {"gradients": s.gradients + more * s.head_gradient}
+        moments.append(("forward_backward", {**resident, **end}))
     return [
-        ("load", loading),
-        ("forward_backward", {**resident, **at_loss}),
-        ("forward_backward", {**resident, **last_block}),
-        ("forward_backward", {**resident, **first_block}),
+        *moments,
         ("optimizer_step", {**resident, "gradients": s.gradients, "step_temporary": s.step_temporary}),
         ("checkpoint_save", {**resident, "gathered": s.block}),
+    ]
+
+
+def _reductions(r: MemoryRequest, s: States, a: Activations) -> list[dict[str, int]]:
+    """Moments of FSDP2 in which whole gradients stand beside the fp32 buffer that is reduced: at the end of the last
+    block's backward, in the backward of the block before it, and of the root unit at the very end."""
+    one, embedding = s.block // C["fsdp2_blocks_gathered"], s.root // 2 if r.model.head_params else s.root
+    before = a.kept - a.kept_last if r.model.num_layers > 1 else 0
+    head = s.head_gradient
+    last = s.gradients + embedding + (head if r.model.head_params else 0)
+    return [
+        {"gradients": head + s.block_gradients + s.reduced_block, "gathered": s.root + one, "activations": before},
+        {
+            "gradients": head + s.block_gradient + s.reduced_block,
+            "gathered": s.root + s.block,
+            "activations": before + a.working if before else 0,
+            "logits": a.held_logits,
+        },
+        {"gradients": last + s.reduced_root},
     ]
 
 

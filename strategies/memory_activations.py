@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from .memory_constants import CONSTANTS as C
 from .memory_loss import loss_bytes
 from .memory_request import MemoryRequest
-from .memory_states import hidden_width
+from .memory_states import compute_width, hidden_width, residual_width
 
 FUSED_NORMS = ("ce", "fused", "trebuchet")
 
@@ -46,6 +46,7 @@ class Activations:
     kept: int
     kept_last: int
     working: int
+    ending: int
     retained: int
     loss: int
     held_logits: int
@@ -54,13 +55,12 @@ class Activations:
 def activations(r: MemoryRequest) -> Activations:
     """The batch-dependent bytes of one GPU for `r`."""
     layers = r.model.num_layers
-    boundary = r.model.hidden_size * hidden_width(r) * r.tokens
-    block, worst = _block(r)
+    boundary = r.model.hidden_size * residual_width(r) * r.tokens
+    block, worst, ended = _block(r)
     held = _int8_inputs(r)
-    saved = {"none": block, "full": boundary + held, "selective": boundary + held + _selective(r)}[r.checkpointing]
-    again = {"none": block, "full": held, "selective": held + _selective(r)}[
-        r.checkpointing
-    ]  # counted in `saved` already
+    some = held + _selective(r)
+    saved = {"none": block, "full": boundary + held, "selective": boundary + some}[r.checkpointing]
+    again = {"none": block, "full": held, "selective": some}[r.checkpointing]  # counted in `saved` already
     frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
     loss, held_logits = loss_bytes(r)
     mask = _mask_elements(r) if r.checkpointing != "none" else 0  # one of bytes for all layers, read again by each
@@ -68,14 +68,16 @@ def activations(r: MemoryRequest) -> Activations:
         kept=int(layers * saved) + mask,
         kept_last=int(saved) + mask,
         working=max(int(worst - again), 0),
+        ending=max(int(ended - again), 0),
         retained=max(layers - 2, 0) * boundary if frozen_fsdp1 else 0,
         loss=loss,
         held_logits=held_logits,
     )
 
 
-def _block(r: MemoryRequest) -> tuple[float, float]:
-    """(bytes one block keeps for its backward, bytes alive at the worst moment of its backward), all tokens."""
+def _block(r: MemoryRequest) -> tuple[float, float, float]:
+    """(bytes one block keeps for its backward, bytes alive at the worst moment of its backward, bytes alive when the MLP's
+    input gradient is made), all tokens."""
     m, e, t = r.model, hidden_width(r), r.tokens
     h, f, k = m.hidden_size, m.intermediate_size, m.active_experts
     attention, scores_kept, scores_peak = _attention(r)
@@ -87,7 +89,9 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     mlp += _int8_inputs(r) / t
     transient = _product_transient(r)
     share = k / m.experts
-    ends = (1.0 if r.kernels == "trebuchet" else 2.0) * h * e  # ours recomputes without the output (not reentrant)
+    wide = residual_width(r)
+    ends = (1.0 if r.kernels == "trebuchet" else 2.0) * h * wide  # ours recomputes without the output (not reentrant)
+    ends += h * e if wide > e else 0  # the gradient cast for the products, beside that of the residual stream
     if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
         mlp += k * h * e
         ends += (2 + 2 * share) * h * e
@@ -97,12 +101,13 @@ def _block(r: MemoryRequest) -> tuple[float, float]:
     during_attention = attention + (m.num_heads if r.attention == "eager" else 2 * m.num_heads) * m.head_dim * e
     if r.attention == "eager":  # output, expanded values and o's adapter input are gone when the softmax is reached
         during_attention -= 2 * m.num_heads * m.head_dim * e + _adapter_copies(r, ("o",))
+    after_product = attention + mlp + share * (2 * f if r.kernels == "trebuchet" else f) * e
     kept = (attention + mlp) * t + scores_kept
     peak = max(
         (max(during_product, during_down) + ends) * t + scores_kept,
         (during_attention + ends) * t + scores_peak,
     )
-    return kept, peak
+    return kept, peak, (after_product + ends) * t + scores_kept + _weight_copy(r)
 
 
 def _attention(r: MemoryRequest) -> tuple[float, float, float]:
@@ -123,6 +128,15 @@ def _attention(r: MemoryRequest) -> tuple[float, float, float]:
     return per_token, kept * scores, peak * scores + mask
 
 
+def _weight_copy(r: MemoryRequest) -> int:
+    """Bytes of the one matrix of the MLP that is expanded from 4 or 8 bits, or cast from fp32 by this project's MLP, while
+    its product runs. Nothing where the matrix is used as it is."""
+    cast = r.kernels == "trebuchet" and residual_width(r) > hidden_width(r)
+    quantized = r.method in ("qlora", "lora8") and not (r.model.fused_experts and r.model.experts > 1)
+    m = r.model
+    return m.hidden_size * m.intermediate_size * compute_width(r) if cast or quantized else 0
+
+
 def _mask_elements(r: MemoryRequest) -> int:
     """Elements of the mask [rows, 1, T, T] that keeps packed samples apart: this project's rows under sdpa have one."""
     masked = r.attention == "sdpa" and r.packed and r.kernels == "trebuchet"
@@ -133,6 +147,9 @@ def _norms(r: MemoryRequest) -> float:
     """Bytes a token that the two norms of a block keep, and what their trainable readers keep."""
     h, e = r.model.hidden_size, hidden_width(r)
     first = 0 if r.checkpointing != "none" else 1  # the block's input is the boundary tensor already
+    if residual_width(r) > e:  # fp32 inputs; q, k, v and the MLP's readers each keep a cast of what they read
+        readers = 4 if r.kernels == "trebuchet" else 5
+        return (1 + first) * 4 * h + (0 if r.kernels in FUSED_NORMS else 8 * h) + readers * e * h
     lean = r.kernels in FUSED_NORMS or e == 4  # keeps inputs only: the second's, the first's where no boundary does
     total = (1 + first) * h * e if lean else 2 * 4 * h
     if not r.adapters:

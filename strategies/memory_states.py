@@ -27,7 +27,8 @@ class States:
     backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`
     and `block` are gathered copies; `casts` 16-bit copies that autocast makes of whole fp32 weights; `head_gradient` is
     the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix whose backward
-    runs; `buffers` fixed communication buffers and workspaces; `staging` one matrix on its way in; `host` what offload
+    runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2 sends to
+    be reduced, in fp32, for a block and for the root unit; `buffers` fixed communication buffers and workspaces; `staging` one matrix on its way in; `host` what offload
     moves to the CPU. `trainable` counts elements of the whole model.
     """
 
@@ -41,6 +42,9 @@ class States:
     casts: int
     head_gradient: int
     block_gradient: int
+    block_gradients: int
+    reduced_block: int
+    reduced_root: int
     buffers: int
     staging: int
     trainable: int
@@ -106,6 +110,13 @@ def hidden_width(r: MemoryRequest) -> int:
     return max(compute_width(r), other_width(r)) if r.adapters else compute_width(r)
 
 
+def residual_width(r: MemoryRequest) -> int:
+    """Bytes of an element of the residual stream. Under autocast, without FSDP's casts, fp32 weights make it fp32: the
+    embedding is, and adding a 16-bit output to fp32 stays so."""
+    autocast = not r.adapters and r.precision.endswith("mixed") and r.parallel in ("none", "ddp")
+    return 4 if autocast else hidden_width(r)
+
+
 def states(r: MemoryRequest) -> States:
     """The batch-independent bytes of one GPU for `r`."""
     m = r.model
@@ -126,7 +137,8 @@ def states(r: MemoryRequest) -> States:
         weights, adapter_bytes, gradients = stay, 0, 0
     root, block = _gathered(r, n)
     whole_gradients = compute if n > 1 or zero else width
-    autocast = not r.adapters and r.precision.endswith("mixed") and r.parallel in ("none", "ddp")
+    autocast = residual_width(r) > hidden_width(r)
+    fsdp2 = r.parallel == "fsdp2" and n > 1 and not r.adapters
     return States(
         weights=weights,
         adapters=adapter_bytes,
@@ -135,14 +147,27 @@ def states(r: MemoryRequest) -> States:
         step_temporary=temporary,
         root=root,
         block=block,
-        casts=(m.total_params - m.embedding_params) * compute if autocast else 0,
+        casts=_cast_params(r) * compute if autocast else 0,
         head_gradient=0 if r.adapters else m.embedding_params * whole_gradients,
+        block_gradients=0 if r.adapters else m.block_params * whole_gradients,
+        reduced_block=4 * m.block_params if fsdp2 else 0,
+        reduced_root=4 * (m.embedding_params + m.head_params) if fsdp2 else 0,
         block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * whole_gradients,
         buffers=_buffers(r),
         staging=m.hidden_size * max(m.intermediate_size, m.vocab_size) * compute if r.adapters else 0,
         trainable=trainable,
         host=host,
     )
+
+
+def _cast_params(r: MemoryRequest) -> int:
+    """Elements of the weights that autocast keeps 16-bit copies of until the forward pass ends. This project's MLP casts
+    one weight at a time, inside its op."""
+    m = r.model
+    if r.kernels != "trebuchet":
+        return m.total_params - m.embedding_params
+    attention = sum(m.linear_shapes[name][0] * m.linear_shapes[name][1] for name in ("q", "k", "v", "o"))
+    return m.num_layers * attention + m.embedding_params
 
 
 def _weights(r: MemoryRequest, n: int) -> int:
@@ -201,8 +226,6 @@ def _buffers(r: MemoryRequest) -> int:
     if r.parallel in ("zero2", "zero3") and not r.adapters:
         bucket = min(C["zero_bucket_elements"], m.total_params)
         total += C["zero_buckets"] * bucket * compute_width(r)
-    elif r.parallel == "fsdp2" and not r.adapters and r.shards > 1:
-        total += m.block_params * trainable_width(r)  # the reduce-scatter input of one block, in the reduce dtype
-    elif r.parallel == "ddp" and r.gpus > 1:
+    elif r.parallel == "ddp" and r.gpus > 1 and r.kernels != "trebuchet":  # this project's gradients are views of them
         total += (adapter_params(r) if r.adapters else m.total_params) * trainable_width(r)  # gradient buckets
     return total

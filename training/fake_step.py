@@ -1,8 +1,9 @@
 """`plan --probe`: one optimizer step of the planned run on fake tensors, its live bytes beside the formula's.
 
 The model code that a rank would run (transformers, PEFT, bitsandbytes' layers, the kernel layer, activation
-checkpointing, DDP or FSDP2) under FakeTensorMode and, for several ranks, with a process group that only pretends, as
-rank 0 of the planned number. No weights, no GPU, no data: shapes, dtypes and storages, counted until they die.
+checkpointing, FSDP2) under FakeTensorMode and, under FSDP2, with a process group that only pretends, as
+rank 0 of the planned number. DDP's reducer reads memory and cannot run so; its buckets are gradients that stay, and such
+gradients are there. No weights, no GPU, no data: shapes, dtypes and storages, counted until they die.
 
 Left out, because the fake world has none of it: the caching allocator (compare live bytes, not reserved ones), CUDA's
 context and workspaces, and what DeepSpeed does; loading and saving. A step of the longest rows, all of them full; with
@@ -70,13 +71,12 @@ def _step(plan: Plan) -> tuple[int, dict[str, int]]:
     with FakeTensorMode(allow_non_fake_inputs=False), tracker, torch.device("cpu"):
         materialize(net, "cpu")
         weights = tracker.live_bytes
-        net = _wrapped(net, plan)
         optimizer = make_optimizer(net.named_parameters(), "adamw", 1e-5, 0.0)
         trainable = [p for p in net.parameters() if p.requires_grad]
         for parameter in trainable:  # between steps the optimizer has its states
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        if chosen.accumulation == 1:  # else this is a later micro-batch, which adds to gradients that are there
+        if chosen.accumulation == 1 and chosen.parallel != "ddp":  # else gradients are there when a micro-batch begins
             optimizer.zero_grad(set_to_none=True)
         tracker.restart_peak()
         _loss(plan, net).backward()
@@ -131,13 +131,6 @@ def shard(net: Any, plan: Plan) -> None:
     for layer in inner.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(net, mesh=mesh, mp_policy=policy)
-
-
-def _wrapped(net: nn.Module, plan: Plan) -> nn.Module:
-    assert plan.chosen is not None
-    if plan.chosen.parallel != "ddp":
-        return net
-    return nn.parallel.DistributedDataParallel(net, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
 
 def _loss(plan: Plan, net: nn.Module) -> Tensor:
