@@ -127,12 +127,14 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
         "gradients": early + s.head_gradient + s.block_gradients,
         "activations": last_block["activations"] - less,
     }
-    first_end = {**first_block, "gradients": s.gradients + s.reduced_block + (s.block_gradients if s.reduced_block else 0)}
+    first_end = {
+        **first_block,
+        "gradients": s.gradients + s.reduced_block + (s.block_gradients if s.reduced_block else 0),
+    }
     first_end["activations"] = first_block["activations"] - less
     moments = [("load", loading)]
     moments += [
-        ("forward_backward", {**resident, **parts})
-        for parts in (at_loss, last_block, last_end, first_block, first_end)
+        ("forward_backward", {**resident, **parts}) for parts in (at_loss, last_block, last_end, first_block, first_end)
     ]
     if s.reduced_root:
         moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a)]

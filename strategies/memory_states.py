@@ -27,9 +27,10 @@ class States:
     backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`
     and `block` are gathered copies; `casts` 16-bit copies that autocast makes of whole fp32 weights; `head_gradient` is
     the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix whose backward
-    runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2 sends to
-    be reduced, in fp32, for a block and for the root unit; `buffers` fixed communication buffers and workspaces; `staging` one matrix on its way in; `host` what offload
-    moves to the CPU. `trainable` counts elements of the whole model.
+    runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2
+    sends to be reduced, in fp32, for a block and for the root unit; `buffers` fixed communication buffers and
+    workspaces; `staging` one matrix on its way in; `host` what offload moves to the CPU. `trainable` counts elements of
+    the whole model.
     """
 
     weights: int

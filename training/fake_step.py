@@ -51,7 +51,9 @@ def probe(plan: Plan) -> Probe:
     """Runs the chosen strategy's step. Raises UserError for a plan that has none, or one that cannot be run like this."""
     chosen = plan.chosen
     if chosen is None:
-        raise UserError("--probe runs one step of the chosen strategy, and nothing fits; see `trebuchet plan` without it.")
+        raise UserError(
+            "--probe runs one step of the chosen strategy, and nothing fits; see `trebuchet plan` without it."
+        )
     if chosen.parallel == "zero3":
         raise UserError(
             "--probe cannot run DeepSpeed, whose buffers are not made by torch operators; probe the FSDP2 layout with "
@@ -125,7 +127,9 @@ def shard(net: Any, plan: Plan) -> None:
 
     chosen = plan.chosen
     assert chosen is not None
-    mesh = init_device_mesh("cpu", (chosen.dp_replicate, chosen.dp_shard) if chosen.dp_replicate > 1 else (chosen.dp_shard,))
+    mesh = init_device_mesh(
+        "cpu", (chosen.dp_replicate, chosen.dp_shard) if chosen.dp_replicate > 1 else (chosen.dp_shard,)
+    )
     policy = MixedPrecisionPolicy(param_dtype=prepare.compute_dtype(chosen.precision), reduce_dtype=torch.float32)
     inner = net.get_base_model() if hasattr(net, "get_base_model") else net
     for layer in inner.model.layers:
