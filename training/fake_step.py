@@ -28,14 +28,14 @@ from ..launcher.model_spec import table_config
 from ..launcher.plan import Plan
 from ..strategies import prepare
 from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
-from .objectives import LOSSES
+from .objectives import make
 from .optim import make_optimizer
 
 GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
+class FakeStep:
     """Live bytes of rank 0, weights included. `phases` has the formula's names; `resident` is what lies between steps."""
 
     weights_bytes: int
@@ -47,22 +47,35 @@ class Probe:
         return max(self.phases.values())
 
 
-def probe(plan: Plan) -> Probe:
+def fake_step(plan: Plan) -> FakeStep:
     """Runs the chosen strategy's step. Raises UserError for a plan that has none, or one that cannot be run like this."""
     chosen = plan.chosen
     if chosen is None:
         raise UserError(
             "--probe runs one step of the chosen strategy, and nothing fits; see `trebuchet plan` without it."
         )
-    if chosen.parallel == "zero3":
-        raise UserError(
-            "--probe cannot run DeepSpeed, whose buffers are not made by torch operators; probe the FSDP2 layout with "
-            "--set strategy.parallel=fsdp2."
-        )
+    refuse(plan)
     began = time.perf_counter()
     with _world(chosen.ranks), _as_on(chosen.device):
         weights, phases = _step(plan)
-    return Probe(weights_bytes=weights, phases=phases, seconds=time.perf_counter() - began)
+    return FakeStep(weights_bytes=weights, phases=phases, seconds=time.perf_counter() - began)
+
+
+def refuse(plan: Plan) -> None:
+    """UserError for what the fake world cannot run, with what to probe instead."""
+    chosen, config = plan.chosen, plan.config
+    assert chosen is not None
+    if chosen.parallel == "zero3":
+        raise UserError(
+            "--probe cannot run DeepSpeed, whose buffers are not made by torch operators; probe FSDP2 instead: "
+            "--set strategy.parallel=fsdp2 --set strategy.offload=none."
+        )
+    if config.objective.name not in ("sft", "pretrain"):
+        raise UserError(
+            f"--probe runs a step of language modelling, and the objective is {config.objective.name}: --set objective=sft."
+        )
+    if chosen.method == "qlora" and config.strategy.quant.type != "nf4":
+        raise UserError("--probe knows NF4 layers only: --set strategy.quant.type=nf4.")
 
 
 def _step(plan: Plan) -> tuple[int, dict[str, int]]:
@@ -110,7 +123,7 @@ def build(plan: Plan) -> Any:
         if chosen.method == "qlora":
             fake_nf4(net)
         if chosen.method != "full":
-            net = prepare._adapt(net, config.strategy)
+            net = prepare._adapt(net, config.strategy, False)
         prepare._patch(net, config.strategy)
         if chosen.checkpointing != "none":
             prepare._checkpoint_activations(net, chosen)
@@ -147,7 +160,8 @@ def _loss(plan: Plan, net: nn.Module) -> Tensor:
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
     dtype = prepare.compute_dtype(chosen.precision)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        return LOSSES[config.objective.name](net, batch, kernels=config.strategy.kernels != "off")
+        outcome = make(config.objective)(net, batch, kernels=config.strategy.kernels != "off")
+        return outcome.sums.sum()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -175,12 +174,20 @@ def test_every_constant_says_where_it_comes_from() -> None:
         assert len(entry["from"]) > 20, name
 
 
-def test_ten_thousand_candidates_take_about_a_second() -> None:
-    """The planner's budget; 2,000 are timed, and the bar is five times the budget for machines that are busy."""
-    start = time.perf_counter()
-    for micro in range(1, 2001):
-        estimate(replace(QLORA, micro_batch=micro))
-    assert (time.perf_counter() - start) * 5 < 5.0
+def test_an_estimate_is_a_few_hundred_calls() -> None:
+    """The planner weighs thousands; seconds are measured by benchmarks/planner.py, because a busy machine has others."""
+    calls = 0
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        estimate(QLORA)
+    finally:
+        sys.setprofile(None)
+    assert calls < 400
 
 
 def test_importing_the_estimate_loads_nothing_heavy() -> None:
