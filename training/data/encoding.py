@@ -49,7 +49,6 @@ class Encoder:
                 f"tokenizer_config.json."
             )
         self.name, self.renderer, self.train_on = tokenizer_id, renderer, train_on
-        self.roles = train_on if isinstance(train_on, tuple) else ("assistant",)
         self._tokenizer = tokenizer
         self.eos, self.bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self._backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())

@@ -10,29 +10,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache, partial
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ...launcher.errors import DataError
 from ...launcher.schema import Source
-from . import preferences, preflight
+from . import preflight
 from .encoding import Encoded, Encoder, joined
-from .layouts import check_columns, convert, recognise, rename
-from .preferences import Anything, parts
+from .entries import remove
+from .preferences import parts
 from .readers import RowError
 from .rendering import Renderer
 from .report import SourceReport
-from .store import Store, Writer, build_store
-from .tables import Numbered, Table, open_table
+from .samples import BadRows, Block, Samples, refuse
+from .store import Store, Writer, build_store, open_store
+from .tables import open_table
 from .turns import Chat
-
-_CHUNK = 1000  # rows tokenized in one call: 256 and 4,000 took the same CPU time per row (SmolLM2's tokenizer, 2 cores)
-_SHOWN = 3  # bad rows spelled out in an error
 
 
 class Intake:
@@ -48,9 +44,11 @@ class Intake:
         train_on: str | tuple[str, ...],
         kind: str,
         cache: Path,
+        skip_bad_rows: bool = False,
     ):
         self.tokenizer, self.tokenizer_id, self.renderer = tokenizer, tokenizer_id, renderer
-        self.train_on, self.kind, self.cache = train_on, kind, cache
+        self.train_on, self.kind, self.cache, self.skip_bad_rows = train_on, kind, cache, skip_bad_rows
+        self.roles = train_on if isinstance(train_on, tuple) else ("assistant",)
         self.reports: list[SourceReport] = []
         self.cached = True
         self.template: Renderer | None = None  # the renderer, once some source needed it
@@ -62,15 +60,22 @@ class Intake:
             (version("tokenizers"), version("transformers")),
         )
 
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.tokenizer_id, self.renderer, train_on=self.train_on)
+
     def store(self, source: Source, used_for: str) -> Store:
-        """Raises DataError for whatever is wrong with the source. A source with a bad row leaves no entry; one whose
-        masks are at fault does, and is refused again from its record."""
-        check_columns(source.columns, source.path)
-        table = open_table(source)
-        key = digest(self._identity, table.digest(self.cache / "files"), source.format, dict(source.columns))
-        store, made = build_store(self.cache, key, lambda writer: self._fill(writer, table, source))
+        """Raises DataError for whatever is wrong with the source. A source with a bad row leaves no entry unless they are to be
+        skipped; one whose masks are at fault does, and is refused again from its record."""
+        samples, key = self.open(source)
+        table = samples.table
+        store, made = build_store(self.cache, key, lambda writer: self._fill(writer, samples, key))
         self.cached &= not made
         meta = store.meta
+        bad = BadRows()
+        bad.merge(*meta["bad"])
+        if not self.skip_bad_rows:  # an entry may have been made by a run that skips them
+            refuse(bad, meta["rows"], table)
         renderer = self.renderer if meta["chats"] else None
         self.template = self.template or renderer
         preflight.check_store(store, table.name, table.unit, renderer.origin if renderer else None, self.tokenizer)
@@ -84,108 +89,96 @@ class Intake:
                 weight=source.weight,
                 spans=meta["spans"],
                 fingerprint=key,
+                bad_rows=bad.count,
+                bad=tuple(f"{table.unit} {number}: {why}" for number, why in bad.first),
             )
         )
         return store
 
-    def _fill(self, writer: Writer, table: Table, source: Source) -> dict[str, Any]:
-        """Tokenizes all rows; returns what the entry's record holds."""
-        encoder = Encoder(self.tokenizer, self.tokenizer_id, self.renderer, train_on=self.train_on)
-        bad = _BadRows(table)
+    def part(self, source: Source, wanted: Callable[[int], bool]) -> int:
+        """Makes the entries of the blocks that are wanted; how many there were. `store` takes them up."""
+        samples, key = self.open(source)
+        if open_store(self.cache, key):
+            return 0
+        count = 0
+        for block in samples.blocks():
+            if wanted(block.number):
+                build_store(self.cache, f"{key}-{block.number}", partial(self._block, block=block))
+                count += 1
+        return count
+
+    def open(self, source: Source) -> tuple[Samples, str]:
+        """The rows of a source, and the key of its entry."""
+        samples = Samples(open_table(source), source, kind=self.kind, roles=self.roles)
+        content = samples.table.digest(self.cache / "files")
+        return samples, digest(self._identity, content, source.format, dict(source.columns))
+
+    def _fill(self, writer: Writer, samples: Samples, key: str) -> dict[str, Any]:
+        """Tokenizes all rows, or takes over blocks that were made before; returns what the entry's record holds."""
+        total, parts = _Counts(), []
+        for block in samples.blocks():
+            name = f"{key}-{block.number}"
+            if part := open_store(self.cache, name):
+                writer.append(part)
+                total.add(part.meta)
+                parts.append(name)
+            else:
+                total.add(self._block(writer, block))
+        if not self.skip_bad_rows:
+            refuse(total.bad, total.rows, samples.table)
+        preflight.check_empty(total.rows, samples.table.name, ": it holds no rows")
+        preflight.check_empty(writer.samples, samples.table.name, f": all {total.rows:,} rows are bad")
+        for name in parts:
+            remove(self.cache / name)
+        return {"layout": samples.layout} | total.record()
+
+    def _block(self, writer: Writer, block: Block) -> dict[str, Any]:
+        """Tokenizes the rows of one block."""
+        encoder = self.encoder
         faults: preflight.Faults = {}
         spans: Counter[str] = Counter()
-        layout: str | None = None
-        rows = chats = 0
-        numbered = table.rows()
-        while chunk := list(islice(numbered, _CHUNK)):
-            rows += len(chunk)
-            layout = layout or self._layout(chunk, source, table)
-            examples = list(_examples(chunk, layout, source, bad, encoder.roles))
-            results = iter(encoder.encode([part for _, example, _ in examples for part in parts(example)]))
-            for number, example, keys in examples:
-                sides = list(zip(parts(example), islice(results, len(parts(example))), strict=True))
+        chats = 0
+        for chunk in block.chunks():
+            results = iter(encoder.encode([part for sample in chunk for part in parts(sample.example)]))
+            for sample in chunk:
+                sides = list(zip(parts(sample.example), islice(results, len(parts(sample.example))), strict=True))
                 if wrong := next((found for _, found in sides if isinstance(found, RowError)), None):
-                    bad.add(number, wrong)
+                    block.bad.add(sample.number, wrong)
                     continue
                 for side, encoded in sides:
                     assert isinstance(encoded, Encoded)  # the others went to `bad`
                     if not spans:
                         encoder.check_agreement(side, encoded)
-                    preflight.note_faults(faults, number, side, encoded, encoder)
+                    preflight.note_faults(faults, sample.number, side, encoded, encoder)
                     spans[encoded.method] += 1
                     chats += isinstance(side, Chat)
-                writer.add(
-                    **joined([found for _, found in sides if isinstance(found, Encoded)], example),
-                    row=number,
-                    keys=keys,
-                )
-        bad.raise_if_any(rows)
-        preflight.check_empty(rows, table.name, ": it holds no rows")
-        return {"layout": layout, "rows": rows, "chats": chats, "spans": dict(spans), "faults": faults}
-
-    def _layout(self, chunk: Sequence[Numbered], source: Source, table: Table) -> str | None:
-        """From the first row of the chunk that could be read at all."""
-        first = next((row for _, row in chunk if isinstance(row, dict)), None)
-        if first is None:
-            return None
-        if missing := [theirs for theirs in source.columns.values() if theirs not in first]:
-            found = ", ".join(sorted(first)) or "none"
-            raise DataError(f"{table.name}: data columns: no column {missing[0]} in the first row, found: {found}.")
-        columns = rename(first, source.columns).keys()
-        if self.kind in ("preference", "kto"):
-            return preferences.recognise(columns, source.format, self.kind, table.name)
-        return recognise(columns, source.format, kind=self.kind, source=table.name)
+                together = joined([found for _, found in sides if isinstance(found, Encoded)], sample.example)
+                writer.add(**together, row=sample.number, place=sample.place, keys=sample.keys)
+        bad = (block.bad.count, block.bad.first)
+        return {"rows": block.rows, "chats": chats, "spans": dict(spans), "faults": faults, "bad": bad}
 
 
-def _examples(
-    chunk: Sequence[Numbered], layout: str | None, source: Source, bad: _BadRows, roles: tuple[str, ...]
-) -> Iterator[tuple[int, Anything, tuple[int, int]]]:
-    """(number, sample, its keys) of the rows that are good; the others go to `bad`."""
-    for number, row in chunk:
-        try:
-            if isinstance(row, RowError):
-                raise row
-            assert layout is not None  # the first row that is a dict has decided it
-            example: Anything
-            if layout == "preference" or layout.startswith("kto/"):
-                example = preferences.convert(rename(row, source.columns), layout)
-            else:
-                example = convert(rename(row, source.columns), layout)
-            if isinstance(example, Chat):
-                example = replace(example, roles=roles)
-            for part in parts(example):
-                if isinstance(part, Chat):
-                    part.check()
-            yield number, example, example.keys()
-        except RowError as error:
-            bad.add(number, error)
-        except UnicodeEncodeError:  # from the keys, which are the first to encode the text
-            bad.add(number, RowError("holds half of a surrogate pair, which is not Unicode text"))
+class _Counts:
+    """The records of blocks, added up."""
 
+    def __init__(self) -> None:
+        self.rows = self.chats = 0
+        self.spans: Counter[str] = Counter()
+        self.faults: preflight.Faults = {}
+        self.bad = BadRows()
 
-class _BadRows:
-    """Counts all bad rows and keeps the first few."""
+    def add(self, block: dict[str, Any]) -> None:
+        self.rows += block["rows"]
+        self.chats += block["chats"]
+        self.spans.update(block["spans"])
+        for kind, (count, row) in block["faults"].items():
+            known = self.faults.setdefault(kind, [0, row])
+            known[0] += count
+        self.bad.merge(*block["bad"])
 
-    def __init__(self, table: Table):
-        self._table = table
-        self._first: list[str] = []
-        self._count = 0
-
-    def add(self, number: int, error: RowError) -> None:
-        self._count += 1
-        if len(self._first) < _SHOWN:
-            self._first.append(f"{self._table.unit} {number}: {error}")
-
-    def raise_if_any(self, rows: int) -> None:
-        name = self._table.name
-        if self._count == 1:
-            raise DataError(f"{name}, {self._first[0]}. It is the only bad row of {rows:,}; mend or remove it.")
-        if self._count:
-            more = f"; and {self._count - _SHOWN:,} more" if self._count > _SHOWN else ""
-            raise DataError(
-                f"{name}: {self._count:,} of {rows:,} rows are bad; mend or remove them. "
-                f"{'; '.join(self._first)}{more}."
-            )
+    def record(self) -> dict[str, Any]:
+        bad = (self.bad.count, self.bad.first)
+        return {"rows": self.rows, "chats": self.chats, "spans": dict(self.spans), "faults": self.faults, "bad": bad}
 
 
 def _tokenizer_content(tokenizer: Any) -> str:
@@ -197,9 +190,9 @@ def _tokenizer_content(tokenizer: Any) -> str:
 
 @lru_cache(maxsize=1)
 def code_version() -> str:
-    """Of this folder's code and templates: after any change here the cache is made anew."""
+    """Of the code and templates of this folder and those in it: after any change here the cache is made anew."""
     folder = Path(__file__).parent
-    files = sorted([*folder.glob("*.py"), *folder.glob("*.jinja")])
+    files = sorted([*folder.rglob("*.py"), *folder.glob("*.jinja")])
     return digest(*(path.read_text(encoding="utf-8") for path in files))
 
 

@@ -19,11 +19,12 @@ from ...launcher.errors import ConfigError, DataError
 from ...launcher.schema import Data, Objective
 from . import preflight, selection
 from . import units as units_of
+from .curate import curate
 from .intake import Intake, code_version, digest
+from .mixture import Mixture, mix
 from .packing import Rows, pack
 from .rendering import find_template
 from .report import DataReport, SetReport, describe
-from .store import Store
 from .tokens import TokenSet
 from .units import Units
 
@@ -71,18 +72,24 @@ def prepare(
         train_on="all" if pretrain else data.train_on,
         kind=kind,
         cache=Path(cache_dir),
+        skip_bad_rows=data.skip_bad_rows,
     )
+    decision = None
+    if data.curate:
+        decision = curate(data, kind=kind, roles=intake.roles, seed=seed, cache=Path(cache_dir))
     stores = [intake.store(source, "train") for source in data.train]
+    stores += [intake.store(source, "general") for source in (data.general.sources if data.general else ())]
     own_eval = [] if isinstance(data.eval, float) else [intake.store(source, "eval") for source in data.eval]
-    train, held, leaked, shared = _select(data, stores, own_eval, seed)
+    mixed = mix(data, stores, own_eval, decision, seed)
 
     finish = partial(_finish, data=data, objective=objective, model_max_length=model_max_length, seed=seed)
-    units, train_rows, train_report = finish(train, "the training data")
-    held_units, eval_rows, eval_report = finish(held, "the held-out data") if held else (None, (), None)
+    units, train_rows, train_report = finish(mixed.train, "the training data")
+    held_units, eval_rows, eval_report = finish(mixed.held, "the held-out data") if mixed.held else (None, (), None)
     fingerprint = digest(
         code_version(),
         [store.key for store in stores],
-        [source.weight for source in data.train],
+        mixed.weights,
+        decision.report.fingerprint if decision else None,
         data.eval if isinstance(data.eval, float) else [store.key for store in own_eval],
         (data.max_length, data.packing, seed, kind),
     )
@@ -94,11 +101,12 @@ def prepare(
         train_on=intake.train_on,
         train=train_report,
         eval=eval_report,
-        leaked=leaked,
-        shared_prompts=shared,
-        notes=tuple([*_notes(train_report, eval_report, leaked, shared), *_label_notes(units, objective)]),
+        leaked=mixed.leaked,
+        shared_prompts=mixed.shared,
+        notes=tuple([*_notes(train_report, eval_report, mixed), *_label_notes(units, objective)]),
         fingerprint=fingerprint,
-        cached=intake.cached,
+        cached=intake.cached and (decision is None or decision.cached),
+        curation=decision.report if decision else None,
     )
     return Prepared(
         train=units,
@@ -109,23 +117,6 @@ def prepare(
         chat_template=intake.template.template if intake.template else None,
         fingerprint=fingerprint,
     )
-
-
-def _select(
-    data: Data, stores: list[Store], own_eval: list[Store], seed: int
-) -> tuple[TokenSet, TokenSet | None, int, int]:
-    """(train, eval, samples removed from train as they stand in eval, samples that share only their prompt with it)."""
-    train, leaked, shared = selection.whole(stores), 0, 0
-    held: TokenSet | None = None
-    if own_eval:
-        held = selection.whole(own_eval)
-        train, leaked, shared = selection.remove_leaks(train, held)
-        preflight.check_empty(len(train), "the training data", f": all {leaked:,} samples stand in data.eval too")
-    elif isinstance(data.eval, float) and data.eval > 0:
-        train, held = selection.hold_out(train, data.eval, seed)
-    train = selection.weigh(train, [source.weight for source in data.train], seed)
-    preflight.check_empty(len(train), "the training data", ": the weights leave no sample")
-    return train, held, leaked, shared
 
 
 def kind_of(objective: Objective) -> str:
@@ -193,11 +184,13 @@ def _label_notes(units: Units, objective: Objective) -> Iterator[str]:
         yield f"the weights of both labels are {ratio:.2g} to 1; objective.{name}: {value:.3g} would make them even"
 
 
-def _notes(train: SetReport, held: SetReport | None, leaked: int, shared: int) -> Iterator[str]:
-    if leaked:
-        yield f"{leaked:,} training samples stand in the held-out data too and were removed"
-    if shared:
-        yield f"{shared:,} training samples share their prompt with a held-out one but have another answer; they stay"
+def _notes(train: SetReport, held: SetReport | None, mixed: Mixture) -> Iterator[str]:
+    if mixed.general:
+        yield f"general data: {mixed.general:,} of {len(mixed.train):,} training samples, {mixed.general / len(mixed.train):.1%}"
+    if mixed.leaked:
+        yield f"{mixed.leaked:,} training samples stand in the held-out data too and were removed"
+    if mixed.shared:
+        yield f"{mixed.shared:,} training samples share their prompt with a held-out one but have another answer; they stay"
     if train.duplicates:
         yield f"{train.duplicates:,} training samples are exact repeats"
     if held and held.samples < 20:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from .curation_report import CurationReport
 from .packing import Rows
 from .units import Units
 
@@ -17,7 +18,8 @@ _SHOWN = ("min", "median", "mean", "p95", "max")
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
     """One source as it was read. `spans` counts samples by how their trained part was found: generation, incremental,
-    sentinel (chats), prefix (prompt and completion as text), whole (all of it)."""
+    sentinel (chats), prefix (prompt and completion as text), whole (all of it). `bad_rows` were left out because
+    data.skip_bad_rows asks for it; `bad` says where and why, of the first ten thousand."""
 
     path: str
     used_for: str
@@ -27,6 +29,8 @@ class SourceReport:
     weight: float
     spans: dict[str, int]
     fingerprint: str
+    bad_rows: int
+    bad: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,7 @@ class DataReport:
     notes: tuple[str, ...]
     fingerprint: str
     cached: bool
+    curation: CurationReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +84,11 @@ class DataReport:
             f"{s.path}: {s.rows:,} rows ({s.layout}{'' if s.weight == 1 else f', weight {s.weight:g}'})"
             for s in self.sources
         ]
+        for source in self.sources:
+            if source.bad_rows:
+                some = "; ".join(source.bad[:3])
+                out.append(f"{source.path}: {source.bad_rows:,} bad rows left out (run.json lists them): {some}")
+        out += self.curation.lines() if self.curation else []
         out.append(_line("train", self.train, self.packing))
         if self.eval:
             out.append(_line("eval", self.eval, self.packing))

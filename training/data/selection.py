@@ -1,8 +1,8 @@
 """Which samples train and which are held out: split, leaks, weights, and the cut at `max_length`.
 
 All of it is arithmetic on the records of stores that are tokenized already, so another seed, weight, split or length
-costs no tokenizing. Everything is a function of (samples, seed). Left out: near-duplicates; only equal prompts and
-equal samples are seen.
+costs no tokenizing. Everything is a function of (samples, seed). Left out: near-duplicates (`curate/`);
+only equal prompts and equal samples are seen.
 """
 
 from __future__ import annotations
@@ -39,34 +39,59 @@ def field(samples: TokenSet, name: str) -> np.ndarray:
 
 
 def hold_out(samples: TokenSet, share: float, seed: int) -> tuple[TokenSet, TokenSet]:
-    """(train, eval): about `share` of the samples, at least one, chosen by a hash of prompt and seed; equal prompts
-    stay on one side.
+    """(train, eval): about `share` of the samples; equal prompts stay on one side. Raises DataError as `drawn` does."""
+    held = drawn(field(samples, "prompt"), share, seed, "equal prompts")
+    return samples.select(np.flatnonzero(~held)), samples.select(np.flatnonzero(held))
 
-    Groups of equal prompts are taken in the order of their hash as long as they fit, so that adding rows moves few
+
+def drawn(groups: np.ndarray, share: float, seed: int, what: str) -> np.ndarray:
+    """bool [N]: about `share` of the samples, at least one, chosen by a hash of group and seed; a group stays on one side. `groups`
+    are 64-bit keys, `what` says in an error which samples share one.
+
+    Groups are taken in the order of their hash as long as they fit, so that adding rows moves few
     others; if none fits, the first of the smallest. Raises DataError when that would be more than half.
     """
-    prompts = field(samples, "prompt")
-    unique, group, size = np.unique(prompts, return_inverse=True, return_counts=True)
-    wanted = max(1, round(share * len(samples)))
-    drawn = np.argsort(mix(unique, seed), kind="stable")
+    unique, group, size = np.unique(groups, return_inverse=True, return_counts=True)
+    wanted = max(1, round(share * len(groups)))
+    order = np.argsort(mix(unique, seed), kind="stable")
     taken = np.zeros(len(unique), bool)
     count = 0
-    for g in drawn:
-        if count + size[g] <= wanted and count + size[g] < len(samples):
+    for g in order:
+        if count + size[g] <= wanted and count + size[g] < len(groups):
             taken[g] = True
             count += size[g]
             if count == wanted:
                 break
     if count == 0:
-        smallest = drawn[np.argmin(size[drawn])]
-        if 2 * size[smallest] > len(samples):
+        smallest = order[np.argmin(size[order])] if len(groups) else 0
+        if not len(groups) or 2 * size[smallest] > len(groups):
             raise DataError(
-                f"data.eval: {share:g} of {len(samples)} samples cannot be held out: equal prompts stay on one side, "
+                f"data.eval: {share:g} of {len(groups)} samples cannot be held out: {what} stay on one side, "
                 f"and there is only {len(unique)} of them. Set data.eval to a file of its own, or to 0."
             )
         taken[smallest] = True
-    held = taken[group]
-    return samples.select(np.flatnonzero(~held)), samples.select(np.flatnonzero(held))
+    held: np.ndarray = taken[group]
+    return held
+
+
+def decided(samples: TokenSet, places: Sequence[np.ndarray]) -> TokenSet:
+    """The samples of source k whose places in it are in places[k], for all k."""
+    place = field(samples, "place")
+    keep = np.zeros(len(samples), bool)
+    for number, wanted in enumerate(places):
+        mine = samples.source == number
+        keep[mine] = np.isin(place[mine], wanted)
+    return samples.select(np.flatnonzero(keep))
+
+
+def joined(one: TokenSet, other: TokenSet) -> TokenSet:
+    """Two sets of the same stores as one, in the order of the sources."""
+    both = {
+        name: np.concatenate([getattr(one, name), getattr(other, name)])
+        for name in ("source", "index", "start", "stop")
+    }
+    whole = TokenSet(stores=one.stores, **both)
+    return whole.select(np.lexsort((whole.index, whole.source)))
 
 
 def remove_leaks(train: TokenSet, evaluation: TokenSet) -> tuple[TokenSet, int, int]:

@@ -1,39 +1,39 @@
-"""Tokens of one source on disk: written beside and renamed, then memory-mapped by every rank.
+"""Tokens of one source on disk, an entry of the cache (`entries.py`), memory-mapped by every rank.
 
     KEY/ids.bin      int32, all samples one after another, nothing cut
     KEY/mask.bin     uint8, the same length
     KEY/samples.bin  one record a sample (`SAMPLE`)
     KEY/meta.json    what was recognised and counted; written last
 
-A lock file keeps a second process from doing the same work; where the file system knows no locks the work is done
-twice and one result stays, because the rename is what makes it right. Left out: what goes into the key
-(`prepare.py`).
+Left out: what goes into the key (`intake.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import json
-import os
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from ...launcher.errors import DataError
+from . import entries
 
-# `row` is the line or row number in the source; the keys identify the prompt and the whole sample (64-bit hashes). `split`: the
-# sample is two, the second of which begins at that token (a rejected answer behind the chosen one); 0 where it is one. `label`: 1 or
-# 0 where the row has one, else -1.
-_FIELDS = {"offset": "<i8", "length": "<i4", "trained": "<i4", "row": "<i8", "prompt": "<u8", "whole": "<u8"}
+# `row` is the line or row number in the source, `place` counts its rows from 0, good or bad; the keys identify the prompt and the
+# whole sample (64-bit hashes). `split`: the sample is two, the second of which begins at that token (a rejected answer behind the chosen
+# one); 0 where it is one. `label`: 1 or 0 where the row has one, else -1.
+_FIELDS = {
+    "offset": "<i8",
+    "length": "<i4",
+    "trained": "<i4",
+    "row": "<i8",
+    "place": "<i8",
+    "prompt": "<u8",
+    "whole": "<u8",
+}
 SAMPLE = np.dtype([*_FIELDS.items(), ("split", "<i4"), ("label", "<i4")])
+_PIECE = 1 << 22  # tokens copied at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +57,37 @@ class Writer:
         self.samples = self.tokens = 0
 
     def add(
-        self, ids: np.ndarray, mask: np.ndarray, *, row: int, keys: tuple[int, int], split: int = 0, label: int = -1
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        *,
+        row: int,
+        place: int,
+        keys: tuple[int, int],
+        split: int = 0,
+        label: int = -1,
     ) -> None:
         self._ids.write(ids.astype("<i4", copy=False).tobytes())
         self._mask.write(mask.tobytes())
-        record = (self.tokens, len(ids), int(mask.sum()), row, *keys, split, label)
+        record = (self.tokens, len(ids), int(mask.sum()), row, place, *keys, split, label)
         self._samples.write(np.array(record, dtype=SAMPLE).tobytes())
         self.samples += 1
         self.tokens += len(ids)
 
+    def append(self, part: Store) -> None:
+        """All samples of another store."""
+        samples = np.array(part.samples)
+        samples["offset"] += self.tokens
+        self._samples.write(samples.tobytes())
+        for at in range(0, len(part.ids), _PIECE):
+            self._ids.write(part.ids[at : at + _PIECE].tobytes())
+            self._mask.write(part.mask[at : at + _PIECE].tobytes())
+        self.samples += len(samples)
+        self.tokens += len(part.ids)
+
     def finish(self) -> None:
         for file in (self._ids, self._mask, self._samples):
-            _sync(file)
+            entries.synced(file)
 
     def close(self) -> None:
         for file in (self._ids, self._mask, self._samples):
@@ -79,11 +98,12 @@ class Writer:
 def open_store(cache: Path, key: str) -> Store | None:
     """The entry, or None when there is none or its sizes are not what its record says."""
     folder = cache / key
+    if (meta := entries.read_meta(folder)) is None:
+        return None
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        samples = np.memmap(folder / "samples.bin", dtype=SAMPLE, mode="r")
-        ids = np.memmap(folder / "ids.bin", dtype="<i4", mode="r")
-        mask = np.memmap(folder / "mask.bin", dtype=np.uint8, mode="r")
+        samples = _mapped(folder / "samples.bin", SAMPLE)
+        ids = _mapped(folder / "ids.bin", np.dtype("<i4"))
+        mask = _mapped(folder / "mask.bin", np.dtype(np.uint8))
     except (OSError, ValueError):
         return None
     if len(samples) != meta["samples"] or not len(ids) == len(mask) == meta["tokens"]:
@@ -91,81 +111,22 @@ def open_store(cache: Path, key: str) -> Store | None:
     return Store(key=key, ids=ids, mask=mask, samples=samples, meta=meta)
 
 
+def _mapped(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
+    """An empty file cannot be mapped."""
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+
+
 def build_store(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> tuple[Store, bool]:
     """(the entry, whether this call made it). `fill` adds the samples and returns what meta.json is to hold; what it
     raises goes through, and nothing stays behind. Raises DataError when the cache cannot be written."""
-    if store := open_store(cache, key):
-        return store, False
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _locked(cache / f"{key}.lock"):
-            if store := open_store(cache, key):  # another process made it while we waited
-                return store, False
-            _remove_abandoned(cache)
-            _make(cache, key, fill)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DataError(
-                f"{cache}: no space left for the tokenized data, which takes 5 bytes a token, about as much as the "
-                f"text. Free some, or put the cache elsewhere."
-            ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DataError(f"{cache}: the data cache cannot be written: {error.strerror}.") from None
-        raise
-    store = open_store(cache, key)
-    assert store is not None, f"{cache / key} was just written"
-    return store, True
 
-
-def _make(cache: Path, key: str, fill: Callable[[Writer], dict[str, Any]]) -> None:
-    beside = cache / f"{key}.tmp-{uuid.uuid4().hex[:12]}"
-    beside.mkdir()
-    writer = Writer(beside)
-    try:
-        meta = fill(writer)
-        writer.finish()
-        meta |= {"samples": writer.samples, "tokens": writer.tokens}
-        with (beside / "meta.json").open("w", encoding="utf-8") as file:
-            json.dump(meta, file, indent=1)
-            _sync(file)
-        _into_place(beside, cache / key)
-    finally:
-        writer.close()
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def _into_place(beside: Path, target: Path) -> None:
-    """Renames; an entry that stands there already was made by another process (kept) or is damaged (replaced)."""
-    for _ in range(2):
+    def write(folder: Path) -> dict[str, Any]:
+        writer = Writer(folder)
         try:
-            os.rename(beside, target)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            if open_store(target.parent, target.name):
-                return
-            shutil.rmtree(target, ignore_errors=True)
-    raise OSError(errno.EEXIST, "an entry of the data cache cannot be replaced", str(target))
+            meta = fill(writer)
+            writer.finish()
+            return meta | {"samples": writer.samples, "tokens": writer.tokens}
+        finally:
+            writer.close()
 
-
-def _remove_abandoned(cache: Path) -> None:
-    """Folders of processes that were killed while writing; a day is longer than any of them takes."""
-    for folder in cache.glob("*.tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > 86_400:
-                shutil.rmtree(folder)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        # Some cluster file systems (Lustre without -o flock) know no locks: see the note at the top.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    return entries.build(cache, key, lambda folder: open_store(folder.parent, folder.name), write)

@@ -104,7 +104,7 @@ def test_a_damaged_entry_is_made_again(name: str, chatml: Any, prep: Prep, tmp_p
 
 
 def _fill(writer: Writer) -> dict[str, Any]:
-    writer.add(np.arange(5, dtype=np.int32), np.ones(5, np.uint8), row=1, keys=(1, 2))
+    writer.add(np.arange(5, dtype=np.int32), np.ones(5, np.uint8), row=1, place=0, keys=(1, 2))
     return {"layout": "text"}
 
 
