@@ -41,10 +41,14 @@ def rows(megabytes: float, seed: int = 0) -> Iterator[dict[str, Any]]:
             " ".join(draw.choices(pool, k=max(1, round(draw.lognormvariate(mean, 0.8))))) for mean in (0.7, 1.8)
         )
         written += len(question) + len(answer)
-        yield {
-            "prompt": [{"role": "user", "content": question}],
-            "completion": [{"role": "assistant", "content": answer}],
-        }
+        yield chat(question, answer)
+
+
+def chat(question: str, answer: str) -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
 
 
 def timed(name: str, work: Callable[[], int]) -> float:
@@ -62,7 +66,10 @@ def cpu_s() -> float:
 
 
 def tokens(megabytes: float = 20, name: str = SMOLLM2) -> None:
+    import datasets  # noqa: F401  what both sides import is not timed
+    import trl
     from transformers import AutoTokenizer
+    from trebuchet.training.data import prepare  # noqa: F401
 
     tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser())
     made = list(rows(megabytes))
@@ -70,19 +77,15 @@ def tokens(megabytes: float = 20, name: str = SMOLLM2) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
-        alone = timed("the tokenizer's batch call, text ready", lambda: batch_call(tokenizer, made))
+        texts = tokenizer.apply_chat_template([r["prompt"] + r["completion"] for r in made], tokenize=False)
+        alone = timed("the tokenizer's batch call, text ready", lambda: batch_call(tokenizer, texts))
         ours = timed("trebuchet: read, render, tokenize, mask, pack", lambda: trebuchet(tokenizer, name, file, folder))
         timed("trebuchet: the same from the cache", lambda: trebuchet(tokenizer, name, file, folder))
         theirs = timed("TRL SFTTrainer: render, tokenize, mask, pack", lambda: trl(tokenizer, made, Path(folder)))
     print(f"ours / batch call {ours / alone:.2f}   ours / TRL {ours / theirs:.2f}")
 
 
-def batch_call(tokenizer: Any, made: list[dict[str, Any]]) -> int:
-    texts = [tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False) for r in made[:1]] + [
-        f"<|im_start|>user\n{r['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
-        f"{r['completion'][0]['content']}<|im_end|>\n"
-        for r in made[1:]
-    ]
+def batch_call(tokenizer: Any, texts: list[str]) -> int:
     backend = tokenizer.backend_tokenizer
     return sum(
         len(e.ids)
@@ -127,6 +130,56 @@ def trl(tokenizer: Any, made: list[dict[str, Any]], folder: Path) -> int:
     return total
 
 
+def curate(count: int = 1_000_000) -> None:
+    """Lognormal conversations; 5 % equal to an earlier one and 5 % an earlier answer with every twentieth word replaced."""
+    from trebuchet.launcher.schema import Data
+    from trebuchet.training.data.curate import curate as decide
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.jsonl"
+        planted = plant(file, count)
+        print(f"{count:,} rows, {file.stat().st_size / 1e6:,.0f} MB; load {os.getloadavg()[0]:.1f}")
+        data = Data.model_validate({"train": [{"path": str(file)}], "eval": 0.01, "curate": True})
+        for name in ("curate", "the same from the cache"):
+            wall, cpu = time.perf_counter(), cpu_s()
+            report = decide(data, kind="sft", roles=("assistant",), seed=0, cache=Path(folder) / "cache").report
+            wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            print(f"{name}: {wall:.1f} s, {cpu:.1f} CPU-s, {count / cpu:,.0f} rows/CPU-s, peak memory {peak:.2f} GiB")
+    print("\n".join(report.lines()))
+    print(f"planted: {planted}")
+
+
+def plant(file: Path, count: int) -> dict[str, int]:
+    """Words by Zipf's law out of 50,000, and now and then a sentence that many rows share, as licences and greetings are."""
+    import numpy as np
+
+    draw, made, kept = random.Random(0), {"equal": 0, "near": 0}, []
+    shared, vocabulary = sentences(), np.array([f"w{i:x}" for i in range(50_000)])
+    chance = 1 / np.arange(10, 50_010)
+    edges, numbers = np.cumsum(chance / chance.sum()), np.random.default_rng(0)
+
+    def text(mean: float) -> str:
+        words = vocabulary[np.searchsorted(edges, numbers.random(max(3, round(draw.lognormvariate(mean, 0.8)))))]
+        return " ".join([*words, *([draw.choice(shared)] if draw.random() < 0.1 else [])])
+
+    with file.open("w", encoding="utf-8") as out:
+        for _ in range(count):
+            kind = draw.choices(("new", "equal", "near"), (90, 5, 5))[0] if len(kept) > 100 else "new"
+            question, answer = (text(3.0), text(4.3)) if kind == "new" else draw.choice(kept)
+            if kind == "near":
+                words = answer.split()
+                words[::20] = [f"n{draw.randrange(10**6)}" for _ in words[::20]]
+                answer = " ".join(words)
+            if kind != "new":
+                made[kind] += 1
+            elif len(kept) < 50_000:
+                kept.append((question, answer))
+            row = chat(question, answer)
+            out.write(json.dumps(row) + "\n")
+    return made
+
+
 if __name__ == "__main__":
     verb, *rest = sys.argv[1:] or ["tokens"]
-    {"tokens": lambda: tokens(*map(float, rest[:1]), *rest[1:])}[verb]()
+    {"tokens": lambda: tokens(*map(float, rest[:1]), *rest[1:]), "curate": lambda: curate(*map(int, rest))}[verb]()

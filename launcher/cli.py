@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Any
+
+from .cli_data import add_data
 
 EPILOG = """A run needs two lines of YAML:
     model: Qwen/Qwen2.5-0.5B-Instruct
@@ -50,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(
-        name: str, function: Any, text: str, *, config: bool = False, json: bool = False
+        name: str, function: Any, text: str, *, config: bool = False, json: bool = False, under: Any = verbs
     ) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(name, help=text, description=text, parents=[common])
+        sub: argparse.ArgumentParser = under.add_parser(name, help=text, description=text, parents=[common])
         sub.set_defaults(verb=function)
         if config:
             sub.add_argument("config", metavar="CONFIG", help="the YAML of the run")
@@ -63,6 +66,13 @@ def parser() -> argparse.ArgumentParser:
                 metavar="a.b=c",
                 dest="overrides",
                 help="change one key; may be repeated",
+            )
+            sub.add_argument(
+                "--skip-bad-rows",
+                action="append_const",
+                const="data.skip_bad_rows=true",
+                dest="overrides",
+                help="leave out rows that cannot be read and list them in run.json, instead of refusing",
             )
         if json:
             sub.add_argument("--json", action="store_true", help="print JSON")
@@ -109,6 +119,8 @@ def parser() -> argparse.ArgumentParser:
     )
     doctor = verb("doctor", _doctor, "is this machine, or an allocation of a cluster, fit to train", json=True)
     doctor.add_argument("--cluster", metavar="NAME|FILE", help="ask the nodes of this cluster, in a job of a minute")
+    data = verbs.add_parser("data", help="prepare the training data ahead of a run")
+    add_data(partial(verb, under=data.add_subparsers(required=True, metavar="VERB")))
     verb("config-schema", _schema, "JSON schema of the YAML, for editors")
     return top
 

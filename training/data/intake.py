@@ -109,9 +109,12 @@ class Intake:
 
     def open(self, source: Source) -> tuple[Samples, str]:
         """The rows of a source, and the key of its entry."""
-        samples = Samples(open_table(source), source, kind=self.kind, roles=self.roles)
+        samples = self.samples(source)
         content = samples.table.digest(self.cache / "files")
         return samples, digest(self._identity, content, source.format, dict(source.columns))
+
+    def samples(self, source: Source) -> Samples:
+        return Samples(open_table(source), source, kind=self.kind, roles=self.roles)
 
     def _fill(self, writer: Writer, samples: Samples, key: str) -> dict[str, Any]:
         """Tokenizes all rows, or takes over blocks that were made before; returns what the entry's record holds."""

@@ -19,7 +19,7 @@ from ...launcher.errors import ConfigError, DataError
 from ...launcher.schema import Data, Objective
 from . import preflight, selection
 from . import units as units_of
-from .curate import curate
+from .curate import Maker, curate, training_sources
 from .intake import Intake, code_version, digest
 from .mixture import Mixture, mix
 from .packing import Rows, pack
@@ -61,22 +61,11 @@ def prepare(
     the configuration that would train something else than was asked for, and raises it again on the second call.
     """
     preflight.check_positions(data.max_length, model_max_length, tokenizer_id)
-    kind = kind_of(objective)
-    pretrain = kind == "pretrain"
-    if kind in ("preference", "kto") and data.train_on != "assistant":
-        raise ConfigError([f"data.train_on: objective {objective.name} compares the assistant's answers; leave it out"])
-    intake = Intake(
-        tokenizer=tokenizer,
-        tokenizer_id=tokenizer_id,
-        renderer=None if pretrain else find_template(data.chat_template, tokenizer, tokenizer_id),
-        train_on="all" if pretrain else data.train_on,
-        kind=kind,
-        cache=Path(cache_dir),
-        skip_bad_rows=data.skip_bad_rows,
-    )
+    kind, cache_dir = kind_of(objective), Path(cache_dir)
+    intake = _intake(data, objective, tokenizer, tokenizer_id, cache_dir)
     decision = None
     if data.curate:
-        decision = curate(data, kind=kind, roles=intake.roles, seed=seed, cache=Path(cache_dir))
+        decision = curate(data, kind=kind, roles=intake.roles, seed=seed, cache=cache_dir)
     stores = [intake.store(source, "train") for source in data.train]
     stores += [intake.store(source, "general") for source in (data.general.sources if data.general else ())]
     own_eval = [] if isinstance(data.eval, float) else [intake.store(source, "eval") for source in data.eval]
@@ -116,6 +105,46 @@ def prepare(
         report=report,
         chat_template=intake.template.template if intake.template else None,
         fingerprint=fingerprint,
+    )
+
+
+def prepare_part(
+    data: Data, objective: Objective, *, tokenizer: Any, tokenizer_id: str, cache_dir: Path, shards: int, shard: int
+) -> int:
+    """One of `shards` parts of the work of `prepare`, on any machine that sees the cache; how many blocks it made. When all
+    are done `prepare` puts them together, to the same bytes that it makes alone."""
+    cache_dir = Path(cache_dir)
+    intake = _intake(data, objective, tokenizer, tokenizer_id, cache_dir)
+    own_eval = () if isinstance(data.eval, float) else data.eval
+    sources = [*training_sources(data), *own_eval]
+    made = 0
+    for k, source in enumerate(sources):
+
+        def wanted(block: int, k: int = k) -> bool:
+            return (block + k) % shards == shard
+
+        made += intake.part(source, wanted)
+        if data.curate:
+            maker = Maker(data.curate, skip_bad_rows=data.skip_bad_rows, cache=cache_dir)
+            samples = intake.samples(source)
+            content = samples.table.digest(cache_dir / "files")
+            made += maker.part(samples, content, wanted, filtered=k < len(sources) - len(own_eval))
+    return made
+
+
+def _intake(data: Data, objective: Objective, tokenizer: Any, tokenizer_id: str, cache: Path) -> Intake:
+    kind = kind_of(objective)
+    pretrain = kind == "pretrain"
+    if kind in ("preference", "kto") and data.train_on != "assistant":
+        raise ConfigError([f"data.train_on: objective {objective.name} compares the assistant's answers; leave it out"])
+    return Intake(
+        tokenizer=tokenizer,
+        tokenizer_id=tokenizer_id,
+        renderer=None if pretrain else find_template(data.chat_template, tokenizer, tokenizer_id),
+        train_on="all" if pretrain else data.train_on,
+        kind=kind,
+        cache=cache,
+        skip_bad_rows=data.skip_bad_rows,
     )
 
 

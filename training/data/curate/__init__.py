@@ -5,6 +5,7 @@ curate(data, kind, seed, cache) -> Decision: which rows of which source train, w
 
 from __future__ import annotations
 
-from .decide import Decision, curate
+from .decide import Decision, curate, training_sources
+from .rows import Maker
 
-__all__ = ["Decision", "curate"]
+__all__ = ["Decision", "Maker", "curate", "training_sources"]

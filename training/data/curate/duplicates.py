@@ -74,7 +74,7 @@ def _within(members: np.ndarray, count: int) -> np.ndarray:
     return np.concatenate([members[1:] * count + members[0], members[2:] * count + members[1:-1]])
 
 
-def to_drop(pairs: Pairs, count: int) -> dict[int, tuple[int, float]]:
+def to_drop(pairs: Pairs) -> dict[int, tuple[int, float]]:
     """Place -> (the earlier place that stays and that it resembles, similarity). In order, a text goes when one that stays
     resembles it; what resembles only texts that go, stays."""
     gone: dict[int, tuple[int, float]] = {}

@@ -7,13 +7,12 @@ everything that compares rows (`duplicates.py`, `leaks.py`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 from ....launcher.errors import UserError
 from ....launcher.schema_curate import Curate
-from .words import repetition
 
 _HEAD = 400  # characters that the language is told from: py3langid's time grows with the text (seen: 900 characters, 1.1 ms)
 _OPENING = 250  # characters of an answer in which a refusal is looked for
@@ -33,21 +32,23 @@ _REFUSAL = re.compile(
     re.IGNORECASE,
 )
 # U+FFFD stands where a decoder gave up; C0 and C1 controls other than tab and line ends are bytes that were never text.
-_CONTROL = re.compile("[\ufffd\x00-\x08\x0b\x0e-\x1f\x7f-\x9f]")
+_CONTROL = bytes(sorted({*range(32), 127} - set(b"\t\n\f\r")))
+_BEYOND = re.compile("[\ufffd\x80-\x9f]")
 
-Check = Callable[[str, str, Sequence[int]], str | None]
+Check = Callable[[str, str, int, float], str | None]
 
 
 def checks(curate: Curate) -> list[Check]:
-    """The checks that the configuration asks for, cheapest first; each takes (prompt, answer, the answer's words as numbers)."""
+    """The checks that the configuration asks for, cheapest first; each takes (prompt, answer, the answer's number of words, its
+    repetition)."""
     found: list[Check] = []
     if curate.min_words or curate.max_words is not None:
         found.append(_length(curate.min_words, curate.max_words))
     if curate.refusals:
-        found.append(lambda prompt, answer, words: "refusal" if _REFUSAL.search(answer[:_OPENING]) else None)
+        found.append(lambda prompt, answer, *_: "refusal" if _REFUSAL.search(answer[:_OPENING]) else None)
     if curate.max_repetition is not None:
         limit = curate.max_repetition
-        found.append(lambda prompt, answer, words: "repetition" if repetition(words) > limit else None)
+        found.append(lambda prompt, answer, count, repeated: "repetition" if repeated > limit else None)
     if curate.damaged:
         found.append(_damaged)
     if curate.languages:
@@ -56,16 +57,18 @@ def checks(curate: Curate) -> list[Check]:
 
 
 def _length(least: int, most: int | None) -> Check:
-    def check(prompt: str, answer: str, words: Sequence[int]) -> str | None:
-        count = sum(map(bool, words))  # short texts are filled up with zeros
+    def check(prompt: str, answer: str, count: int, repeated: float) -> str | None:
         return "too short" if count < least else "too long" if most is not None and count > most else None
 
     return check
 
 
-def _damaged(prompt: str, answer: str, words: Sequence[int]) -> str | None:
+def _damaged(prompt: str, answer: str, count: int, repeated: float) -> str | None:
     for text in (prompt, answer):
-        if _CONTROL.search(text) or (not text.isascii() and _bad()(text)):
+        ascii_only, raw = text.isascii(), text.encode("utf-8")
+        if len(raw.translate(None, _CONTROL)) != len(raw):
+            return "damaged characters"
+        if not ascii_only and (_BEYOND.search(text) or _bad()(text)):
             return "damaged characters"
     return None
 
@@ -89,7 +92,7 @@ def _language(wanted: frozenset[str]) -> Check:
             f"data.curate.languages: {unknown[0]} is not a code that py3langid knows (ISO 639-1, as en or de)."
         )
 
-    def check(prompt: str, answer: str, words: Sequence[int]) -> str | None:
+    def check(prompt: str, answer: str, count: int, repeated: float) -> str | None:
         found = classify.classify(f"{prompt[: _HEAD // 2]} {answer[:_HEAD]}"[:_HEAD])[0]
         return None if found in wanted else f"language {found}"
 
@@ -104,4 +107,4 @@ def _classifier() -> Any:
         raise UserError(
             "data.curate.languages needs py3langid: pip install 'trebuchet[curate]', or leave languages out."
         ) from None
-    return LanguageIdentifier.from_model(MODEL_FILE)
+    return LanguageIdentifier.from_model_file(MODEL_FILE)

@@ -21,7 +21,7 @@ from ..samples import BadRows, Block, Sample, Samples, refuse
 from ..turns import Chat, Example
 from . import filters, rules
 from .sheet import ROW, Sheet, SheetWriter, open_sheet
-from .words import Numbering, signatures
+from .words import PERMUTATIONS, Numbering, filled, repetitions, signatures
 
 _AT_ONCE = 250  # texts whose signatures are made in one call: their 3-grams then stay in a processor's cache
 
@@ -104,7 +104,7 @@ class Maker:
         return meta
 
     def _block(self, writer: SheetWriter, block: Block, filtered: bool) -> None:
-        judge = _judge(self.curate) if filtered else lambda sample, prompt, answer, words: None
+        judge = _judge(self.curate) if filtered else lambda *_: None
         by = self.curate.balance.by if self.curate.balance else None
         numbering = Numbering()
         for chunk in block.chunks():
@@ -118,43 +118,43 @@ def _write(
     rows = np.zeros(len(samples), ROW)
     reasons: dict[str, int] = {}
     values: dict[str, int] = {}
+    parts = [texts_of(sample.example) for sample in samples]
+    answers = [numbering.words(answer) for _, answer, _ in parts]
+    counts = np.array([len(words) for words in answers])
+    repeated = repetitions(_flat(answers), counts)
     texts: list[list[int]] = []
-    for record, sample in zip(rows, samples, strict=True):
-        prompt, answer, rest = texts_of(sample.example)
-        answered = numbering.words(answer)
-        reason = judge(sample, prompt, answer, answered)
-        whole = (
-            [*numbering.words(prompt), *answered, *(numbering.words(rest) if rest else [])] if reason is None else []
-        )
-        record["place"], record["row"], record["prompt"] = sample.place, sample.number, sample.keys[0]
-        record["text"] = _hash(prompt, answer, rest, sample.example)
-        record["count"] = len(whole)
-        record["reason"] = -1 if reason is None else reasons.setdefault(reason, len(reasons))
-        value = (
-            None
-            if by is None
-            else json.dumps(rules.look_up(sample.row, by), ensure_ascii=False, sort_keys=True, default=str)
-        )
-        record["value"] = -1 if value is None else values.setdefault(value, len(values))
-        record["label"] = int(sample.example.label) if isinstance(sample.example, Judged) else -1
+    for i, sample in enumerate(samples):
+        prompt, answer, rest = parts[i]
+        reason = judge(sample, prompt, answer, len(answers[i]), float(repeated[i]))
+        whole = filled([*numbering.words(prompt), *answers[i], *numbering.words(rest)]) if reason is None else []
+        value = None if by is None else json.dumps(rules.look_up(sample.row, by), ensure_ascii=False, default=str)
+        label = int(sample.example.label) if isinstance(sample.example, Judged) else -1
+        number = -1 if reason is None else reasons.setdefault(reason, len(reasons))
+        which = -1 if value is None else values.setdefault(value, len(values))
+        text = _hash(prompt, answer, rest, sample.example)
+        rows[i] = (sample.place, sample.number, sample.keys[0], text, 0, len(whole), number, which, label)
         texts.append(whole)
     rows["offset"] = np.cumsum(rows["count"]) - rows["count"]
-    words = np.fromiter((word for text in texts for word in text), np.uint32, int(rows["count"].sum()))
-    signed = np.zeros((len(rows), 64), np.uint32)
+    words = _flat(texts)
+    signed = np.zeros((len(rows), PERMUTATIONS), np.uint32)
     good = rows["count"] > 0
     signed[good] = signatures(words, rows["count"][good])
     writer.add(rows, words, signed, list(reasons), list(values))
 
 
-def _judge(curate: Curate) -> Callable[[Sample, str, str, list[int]], str | None]:
+def _flat(lists: list[list[int]]) -> np.ndarray:
+    return np.array([word for words in lists for word in words], np.uint32)
+
+
+def _judge(curate: Curate) -> Callable[..., str | None]:
     """The first reason of all filters and rules, or None."""
     checks = filters.checks(curate)
     verdicts = [verdict for path in curate.rules for verdict in rules.load_rules(path)]
     if curate.function:
         verdicts.append(rules.load_function(curate.function))
 
-    def judge(sample: Sample, prompt: str, answer: str, words: list[int]) -> str | None:
-        found: Iterable[str | None] = (check(prompt, answer, words) for check in checks)
+    def judge(sample: Sample, prompt: str, answer: str, count: int, repeated: float) -> str | None:
+        found: Iterable[str | None] = (check(prompt, answer, count, repeated) for check in checks)
         if reason := next(filter(None, found), None):
             return reason
         if verdicts:

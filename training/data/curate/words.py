@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,9 +30,12 @@ class Numbering(dict[str, int]):
         return number
 
     def words(self, text: str) -> list[int]:
-        """At least SHINGLE numbers: shorter texts are filled up with zeros, so that each has a 3-gram."""
-        found = list(map(self.__getitem__, _WORD.findall(text.lower())))
-        return found + [0] * (SHINGLE - len(found))
+        return list(map(self.__getitem__, _WORD.findall(text.lower())))
+
+
+def filled(words: list[int]) -> list[int]:
+    """At least SHINGLE of them: fewer are filled up with zeros, so that every text has a 3-gram."""
+    return words + [0] * (SHINGLE - len(words))
 
 
 def shingles(words: np.ndarray, lengths: np.ndarray, n: int = SHINGLE) -> tuple[np.ndarray, np.ndarray]:
@@ -41,8 +43,9 @@ def shingles(words: np.ndarray, lengths: np.ndarray, n: int = SHINGLE) -> tuple[
     joined, `lengths` [N] their words. A text of fewer than n words has one n-gram, made of all of them."""
     lengths = np.asarray(lengths, np.int64)
     counts = np.maximum(lengths - n + 1, np.minimum(lengths, 1))
-    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + _within(counts)
-    left = np.repeat(lengths, counts) - _within(counts)  # words from there to the end of the text
+    within = _within(counts)
+    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + within
+    left = np.repeat(lengths, counts) - within  # words from there to the end of the text
     out = np.zeros(len(starts), np.uint64)
     with np.errstate(over="ignore"):
         for k in range(n):
@@ -75,13 +78,15 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     return common / (len(one) + len(other) - common)
 
 
-def repetition(words: Sequence[int] | np.ndarray, n: int = 4) -> float:
-    """Share of the n-grams of a text that stand in it before; 0 for texts under 50 words, whose n-grams say little."""
-    words = np.asarray(words, np.uint32)
-    if len(words) < 50:
-        return 0.0
-    hashes, _ = shingles(words, np.array([len(words)]), n)
-    return 1 - len(np.unique(hashes)) / len(hashes)
+def repetitions(words: np.ndarray, lengths: np.ndarray, n: int = 4) -> np.ndarray:
+    """float64 [N]: share of the n-grams of a text that stand in it before; 0 for texts under 50 words, whose n-grams say little."""
+    hashes, counts = shingles(words, lengths, n)
+    owner = np.repeat(np.arange(len(counts)), counts)
+    order = np.lexsort((hashes, owner))
+    hashes, owner = hashes[order], owner[order]
+    again = np.r_[False, (hashes[1:] == hashes[:-1]) & (owner[1:] == owner[:-1])] if len(hashes) else np.zeros(0, bool)
+    repeated = np.bincount(owner[again], minlength=len(counts))
+    return np.where(np.asarray(lengths) >= 50, repeated / np.maximum(counts, 1), 0.0)
 
 
 def _within(counts: np.ndarray) -> np.ndarray:

@@ -1,0 +1,66 @@
+"""`trebuchet data prepare`: the training data curated, tokenized and checked ahead of a run, by one process or by many.
+
+Left out: what is done to the rows (`training/data/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import api
+from .config import load_config
+from .errors import UserError
+from .model_spec import load_model_spec
+
+
+def prepare(config: str, *, overrides: Sequence[str] = (), output: str | None = None) -> dict[str, Any]:
+    """Fills the cache that `run` and `submit` read; the report of the data as run.json holds it, and its `lines`. `output`: a folder for
+    the curated rows as JSON lines. Raises DataError for what would also refuse the run."""
+    checked = load_config(config, overrides)
+    if output and not checked.data.curate:
+        raise UserError("--output writes curated rows, and data.curate is not set; data.curate: true sets it.")
+    from ..training.data import prepare as prepare_data
+    from ..training.data.curate import curate
+    from ..training.data.curate.export import export
+    from ..training.data.prepare import kind_of
+
+    spec = load_model_spec(checked.model)
+    known = _tokenizer(checked, spec)
+    seed = checked.optimization.seed
+    made = prepare_data(
+        checked.data, checked.objective, model_max_length=spec.max_position_embeddings, seed=seed, **known
+    )
+    report = made.report.to_dict() | {"lines": made.report.lines()}
+    if output:
+        kind, roles = kind_of(checked.objective), ("assistant",)
+        roles = checked.data.train_on if isinstance(checked.data.train_on, tuple) else roles
+        decision = curate(checked.data, kind=kind, roles=roles, seed=seed, cache=known["cache_dir"])
+        files = export(decision, checked.data, Path(output).expanduser(), kind=kind, roles=roles)
+        report["files"] = [str(path) for path in files]
+    return report
+
+
+def prepare_part(config: str, shards: int, shard: int, *, overrides: Sequence[str] = ()) -> int:
+    """One of `shards` parts of the work, counted from 0; how many blocks of rows it made."""
+    if not 0 <= shard < shards:
+        raise UserError(f"--shard {shard}: with --shards {shards} it is a number from 0 to {shards - 1}.")
+    checked = load_config(config, overrides)
+    from ..training.data import prepare_part as part
+
+    known = _tokenizer(checked, load_model_spec(checked.model))
+    return part(checked.data, checked.objective, shards=shards, shard=shard, **known)
+
+
+def _tokenizer(checked: Any, spec: Any) -> dict[str, Any]:
+    if not api.can_read_data():
+        raise UserError("preparing data needs torch, transformers and datasets: pip install 'trebuchet[train]'.")
+    from ..training import load
+
+    folder = load.model_folder(checked.model, spec)
+    return {
+        "tokenizer": load.load_tokenizer(folder, checked.model),
+        "tokenizer_id": checked.model.name,
+        "cache_dir": load.cache_folder() / "data",
+    }
