@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from trebuchet.launcher.config import json_schema
 from trebuchet.launcher.schema import SHORTHAND, TrainConfig
+from trebuchet.launcher.schema_base import section_of
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# The YAML of a run
@@ -38,11 +39,8 @@ def sections() -> list[str]:
     schema = json_schema()
     out = ["\n## Top level\n\n", table(TrainConfig, schema, "")]
     for name, field in TrainConfig.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            out += [f"\n## {name}\n\n", table(field.annotation, schema, f"{name}.")]
-            for inner, sub in field.annotation.model_fields.items():
-                if isinstance(sub.annotation, type) and issubclass(sub.annotation, BaseModel):
-                    out.append(table(sub.annotation, schema, f"{name}.{inner}.", head=False))
+        if section := section_of(field.annotation):
+            out += [f"\n## {name}\n\n", *nested(section, schema, f"{name}.")]
         if name == "data":
             from trebuchet.launcher.schema import Source
 
@@ -53,19 +51,32 @@ def sections() -> list[str]:
     return out
 
 
-def table(section: type[BaseModel], schema: dict[str, Any], prefix: str, *, head: bool = True) -> str:
+def nested(section: type[BaseModel], schema: dict[str, Any], prefix: str) -> list[str]:
+    """A table of the section, and tables without a head of those inside it."""
+    out = [table(section, schema, prefix)]
+    for name, field in section.model_fields.items():
+        if inner := section_of(field.annotation):
+            for part in nested(inner, schema, f"{prefix}{name}."):
+                out.append(part.split("\n", 2)[2] if part.startswith("| key") else part)
+    return out
+
+
+def table(section: type[BaseModel], schema: dict[str, Any], prefix: str) -> str:
     properties = schema["$defs"][section.__name__]["properties"] if section is not TrainConfig else schema["properties"]
-    lines = ["| key | values | default | |", "| --- | --- | --- | --- |"] if head else []
+    lines = ["| key | values | default | |", "| --- | --- | --- | --- |"]
     for name, value in properties.items():
-        inner = section.model_fields[name].annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            continue
         field = section.model_fields[name]
+        if section_of(field.annotation):
+            continue
         default = (
-            "`runs/NAME`" if name == "output" else "required" if field.is_required() else show(field.get_default())
+            "`runs/NAME`"
+            if name == "output"
+            else "required"
+            if field.is_required()
+            else show(field.get_default(call_default_factory=True))
         )
         lines.append(f"| `{prefix}{name}` | {values(value)} | {default} | {value.get('description', '')} |")
-    return "\n".join(lines) + "\n" if len(lines) > (2 if head else 0) else ""
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
 
 
 def values(value: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from .errors import ConfigError, did_you_mean
 from .schema import SHORTHAND, Source, TrainConfig, expand_sources
+from .schema_base import section_of
 
 Tree = dict[str, Any]
 
@@ -71,6 +72,9 @@ def json_schema() -> Tree:
     data["train"] = {"anyOf": rows, "description": data["train"]["description"]}
     share = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "default": data["eval"]["default"]}
     data["eval"] = {"anyOf": [share, *rows], "description": data["eval"]["description"]}
+    data["curate"]["anyOf"].append({"type": "boolean"})
+    path = schema["$defs"]["General"]["properties"]["path"]
+    schema["$defs"]["General"]["properties"]["path"] = {"anyOf": rows, "description": path["description"]}
     schema["properties"]["data"]["anyOf"].append(rows[-1])
     schema["properties"]["output"]["default"] = "runs/NAME"
     schema["required"] = ["model", "data"]
@@ -128,6 +132,9 @@ def _expand(tree: Tree) -> Tree:
         for key in ("train", "eval"):
             if isinstance(data.get(key), (str, dict, list)):
                 data[key] = expand_sources(data[key])
+        general = data.get("general")
+        if isinstance(general, dict) and isinstance(general.get("path"), (str, dict, list)):
+            general["path"] = expand_sources(general["path"])
     return out
 
 
@@ -207,8 +214,8 @@ def _suggest(path: tuple[str, ...]) -> str:
     hint = did_you_mean(leaf, siblings)
     if not hint.startswith("; did"):
         for name, field in TrainConfig.model_fields.items():
-            inner = field.annotation
-            if isinstance(inner, type) and issubclass(inner, BaseModel) and leaf in inner.model_fields:
+            inner = section_of(field.annotation)
+            if inner and leaf in inner.model_fields:
                 return f"; did you mean '{name}.{leaf}'?"
     return hint
 
@@ -221,8 +228,7 @@ def _section(path: Sequence[str]) -> type[BaseModel] | None:
             section = Source
             continue
         field = section.model_fields.get(name) if section else None
-        inner = field.annotation if field else None
-        section = inner if isinstance(inner, type) and issubclass(inner, BaseModel) else None
+        section = section_of(field.annotation) if field else None
     return section
 
 
