@@ -34,8 +34,8 @@ def prepare(config: str, *, overrides: Sequence[str] = (), output: str | None = 
     )
     report = made.report.to_dict() | {"lines": made.report.lines()}
     if output:
-        kind, roles = kind_of(checked.objective), ("assistant",)
-        roles = checked.data.train_on if isinstance(checked.data.train_on, tuple) else roles
+        kind, trained = kind_of(checked.objective), checked.data.train_on
+        roles = trained if isinstance(trained, tuple) else ("assistant",)
         decision = curate(checked.data, kind=kind, roles=roles, seed=seed, cache=known["cache_dir"])
         files = export(decision, checked.data, Path(output).expanduser(), kind=kind, roles=roles)
         report["files"] = [str(path) for path in files]

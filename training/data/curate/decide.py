@@ -37,8 +37,9 @@ class Decision:
 
 def curate(data: Data, *, kind: str, roles: tuple[str, ...], seed: int, cache: Path) -> Decision:
     """Raises DataError for rows that cannot be read, and when nothing is left."""
-    assert data.curate is not None
-    maker = Maker(data.curate, skip_bad_rows=data.skip_bad_rows, cache=cache)
+    wanted = data.curate
+    assert wanted is not None
+    maker = Maker(wanted, skip_bad_rows=data.skip_bad_rows, cache=cache)
     sources = training_sources(data)
     own_eval = () if isinstance(data.eval, float) else data.eval
     opened = [Samples(open_table(source), source, kind=kind, roles=roles) for source in (*sources, *own_eval)]
@@ -50,14 +51,14 @@ def curate(data: Data, *, kind: str, roles: tuple[str, ...], seed: int, cache: P
     key = digest(
         code_version(),
         [name for _, name in made],
-        data.curate.model_dump(mode="json"),
+        wanted.model_dump(mode="json"),
         data.eval if isinstance(data.eval, float) else len(own_eval),
         seed,
     )
 
     def fill(folder: Path) -> dict[str, Any]:
-        scorer = reward.Scorer(data.curate.reward) if data.curate and data.curate.reward else None
-        run = Run(data.curate, [sheet for sheet, _ in made], opened, len(sources), general_sources(data), seed, scorer)
+        scorer = reward.Scorer(wanted.reward) if wanted.reward else None
+        run = Run(wanted, [sheet for sheet, _ in made], opened, len(sources), general_sources(data), seed, scorer)
         return run.write(folder, data.eval if isinstance(data.eval, float) else None, key)
 
     found, fresh = entries.build(maker.cache, key, _opened, fill)

@@ -68,8 +68,8 @@ class Scorer:
     def _ids(self, sample: Sample) -> list[int]:
         example: Any = sample.example
         if isinstance(example, Chat) and self._tokenizer.chat_template:
-            ids: list[int] = self._tokenizer.apply_chat_template(example.messages, return_dict=False)
+            ids: Any = self._tokenizer.apply_chat_template(example.messages, return_dict=False)
         else:
             prompt, answer, _ = texts_of(example)
             ids = self._tokenizer(f"{prompt}\n{answer}" if prompt else answer, verbose=False)["input_ids"]
-        return ids
+        return list(ids)

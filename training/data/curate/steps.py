@@ -14,7 +14,7 @@ Left out: how the result is kept (`decide.py`).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Run:
             for name, chosen in (("train", train), ("held", held)):
                 places[f"{name}{k}"] = np.sort(self.rows["place"][chosen & (self.source == k)])
         with (folder / "places.npz").open("wb") as file:
-            np.savez(file, **places)
+            np.savez(file, **places)  # type: ignore[arg-type]
             entries.synced(file)
         with (folder / "dropped.jsonl").open("w", encoding="utf-8") as lines:
             lines.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in self._dropped())
@@ -98,7 +98,7 @@ class Run:
         steps = [asdict(step) for step in self.steps]
         return {"sources": self.training, "shared": share is not None, "report": report | {"steps": steps}}
 
-    def _drop(self, step: str, gone: Gone, **limits: Any) -> None:
+    def _drop(self, step: str, gone: Mapping[int, tuple[str, int | None, float | None]], **limits: Any) -> None:
         """Takes rows out, counted by reason. `limits` is what the step was told."""
         detail: dict[str, int] = {}
         for place, (why, like, similarity) in gone.items():
@@ -207,7 +207,7 @@ class Run:
         group = duplicates.groups(
             len(self.rows),
             (pairs.first[near], pairs.second[near]),
-            tuple(here[side] for side in duplicates.equal(self.rows["prompt"][here])),  # type: ignore[arg-type]
+            tuple(here[side] for side in duplicates.equal(self.rows["prompt"][here])),
         )[here]
         held[here[drawn(self.rows["text"][group], share, self.seed, "similar rows and equal prompts")]] = True
         sizes = np.unique(group, return_counts=True)[1]
