@@ -82,7 +82,7 @@ def _bad() -> Callable[[str], bool]:
         raise UserError(
             "data.curate.damaged needs ftfy: pip install 'trebuchet[curate]', or switch it off: data.curate.damaged: false."
         ) from None
-    return is_bad  # type: ignore[no-any-return]
+    return is_bad
 
 
 def _language(wanted: frozenset[str]) -> Check:
