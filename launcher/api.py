@@ -31,6 +31,7 @@ from .run_folder import RunFolder, new_run, open_run, require_disk
 from .schema import TrainConfig
 from .verify import Verdict
 from .verify import verify as verify_run
+from .way_out import with_way_out
 
 if TYPE_CHECKING:
     from ..training.data import Prepared
@@ -46,7 +47,8 @@ def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides:
         cluster = None
     where = cluster or load_cluster(checked.cluster.name)
     size = data_size(checked)
-    return make_plan(checked, load_model_spec(checked.model), where, examples=size.examples, tokens=size.tokens)
+    model = load_model_spec(checked.model)
+    return with_way_out(make_plan(checked, model, where, examples=size.examples, tokens=size.tokens))
 
 
 def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:
@@ -206,10 +208,12 @@ def waiting_or_running(folder: RunFolder) -> bool:
 
 
 def nothing_fits(decided: Plan) -> str:
+    from .plan_text import words
+
     reasons = "; ".join(r.reason for r in decided.rejected[-3:])
-    return (
-        f"nothing fits: {decided.model.name} on {decided.cluster.name}. {reasons}. {' '.join(decided.advice)}".strip()
-    )
+    ways = f"Nearest that fits: {words(decided.nearest)}. Smallest cluster: {words(decided.smallest_cluster)}."
+    advice = " ".join(decided.advice)
+    return f"nothing fits: {decided.model.name} on {decided.cluster.name}. {reasons}. {ways} {advice}".strip()
 
 
 def disk_bytes(decided: Plan) -> int:

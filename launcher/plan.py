@@ -80,6 +80,19 @@ class Rejected(Data):
     reason: str
 
 
+class WayOut(Data):
+    """What would fit when the plan does not: settings to change (dotted key -> value), and what the planner then chooses where."""
+
+    set: dict[str, Any]
+    cluster: str
+    gpus: int
+    method: str
+    parallel: str
+    offload: str
+    needed_gib: float
+    usable_gib: float
+
+
 class Plan(Data):
     feasible: bool
     chosen: Chosen | None
@@ -89,8 +102,11 @@ class Plan(Data):
     config: TrainConfig
     model: ModelSpec
     cluster: Cluster
+    nearest: WayOut | None = None
+    smallest_cluster: WayOut | None = None
 
     def public(self) -> dict[str, Any]:
         """What `plan --json` prints; these keys are stable."""
         keep = {"feasible", "chosen", "rejected", "advice", "reasons"}
+        keep |= set() if self.feasible else {"nearest", "smallest_cluster"}
         return {"model": self.model.name, "cluster": self.cluster.name, **self.model_dump(mode="json", include=keep)}

@@ -82,7 +82,7 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
     for phase, _, live in moments:
         phases[phase] = max(phases.get(phase, 0), live)
     _, at_peak, peak = max(moments, key=lambda moment: moment[2])
-    needed = process(request, [(live, parts) for _, parts, live in moments])
+    needed = process(request, [(live, parts) for _, parts, live in moments]) + _pools(s)
     components = {name: value for name, value in at_peak.items() if value}
     return MemoryEstimate(
         peak_allocated_bytes=peak,
@@ -98,18 +98,20 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
     """(phase, live bytes by component) at each moment that can be the peak."""
     resident = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
     gathered = s.root + s.block
+    one = s.block // C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else s.block
     zero = r.parallel in ("zero2", "zero3")
     buckets = r.parallel == "ddp" and r.gpus > 1 and r.kernels == "trebuchet"  # gradients live in them for good
     early = s.gradients if r.grad_accum > 1 or zero or buckets else 0  # DeepSpeed's partition is allocated once
     loading = {"weights": s.weights, "adapters": s.adapters, "buffers": s.buffers + s.staging}
     at_loss = {
         "gradients": early,
-        "gathered": s.root + s.casts,
+        "gathered": s.root + s.casts + (s.head + one if s.head else 0),
         "activations": a.kept,
         "logits": a.loss,
     }
+    head = 0 if s.head else s.head_gradient
     last_block = {
-        "gradients": early + s.head_gradient + s.block_gradient,
+        "gradients": early + head + s.block_gradient,
         "gathered": gathered + (s.casts if r.checkpointing == "none" else 0),
         "activations": a.kept + a.working,
         "logits": a.held_logits,
@@ -117,14 +119,14 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
     unborn = s.block_gradients - s.block_gradient if r.parallel in ("none", "ddp") and not early else 0
     first_block = {
         "gradients": s.gradients - unborn + s.reduced_block,
-        "gathered": s.root + (s.block // C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else s.block),
+        "gathered": s.root + one + s.head,  # FSDP2 gathers the embedding ahead, which is of the size of the head
         "activations": (a.kept + a.retained if a.retained else a.kept_last) + a.working,
         "logits": a.held_logits,
     }
     less = a.working - a.ending  # at the end of the MLP's backward, with the gradients of the block's weights
     last_end = {
         **last_block,
-        "gradients": early + s.head_gradient + s.block_gradients,
+        "gradients": early + head + s.block_gradients,
         "activations": last_block["activations"] - less,
     }
     first_end = {
@@ -137,7 +139,7 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
         ("forward_backward", {**resident, **parts}) for parts in (at_loss, last_block, last_end, first_block, first_end)
     ]
     if s.reduced_root:
-        moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a)]
+        moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a, early)]
     elif not r.adapters and r.parallel in ("none", "ddp") and (early or not r.model.head_params):
         # the embedding's gradient comes last, whole: added in place to one that is there, and to a tied head's beside both
         more = (0 if r.model.head_params else 2) + (1 if early else 0)
@@ -150,23 +152,40 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
     ]
 
 
-def _reductions(r: MemoryRequest, s: States, a: Activations) -> list[dict[str, int]]:
-    """Moments of FSDP2 in which whole gradients stand beside the fp32 buffer that is reduced: at the end of the last
-    block's backward, in the backward of the block before it, and of the root unit at the very end."""
-    one, embedding = s.block // C["fsdp2_blocks_gathered"], s.root // 2 if r.model.head_params else s.root
+def _pools(s: States) -> int:
+    """Bytes that FSDP2's communication streams hold beyond what they use at the peak: blocks of one stream are of no use to
+    another, so the stream that gathers keeps room for its largest unit, and so does the one that reduces."""
+    if not s.reduced_block:
+        return 0
+    return max(0, s.head - s.block // C["fsdp2_blocks_gathered"]) + max(0, s.reduced_root - s.reduced_block)
+
+
+def _reductions(r: MemoryRequest, s: States, a: Activations, early: int) -> list[dict[str, int]]:
+    """Moments of FSDP2 in which whole gradients stand beside the fp32 buffer that is reduced, which stays until the next one:
+    behind the head, in the last block's backward and at its end, in the block before it, and behind the embedding."""
+    one = s.block // C["fsdp2_blocks_gathered"]
     before = a.kept - a.kept_last if r.model.num_layers > 1 else 0
-    head = s.head_gradient
-    last = s.gradients + embedding + (head if r.model.head_params else 0)
-    return [
-        {"gradients": head + s.block_gradients + s.reduced_block, "gathered": s.root + one, "activations": before},
+    head = 0 if s.head else s.head_gradient  # of a head that is a unit of its own nothing is left when the blocks begin
+    behind = s.reduced_root if s.head else 0
+    block = {"gradients": early + head + s.block_gradient + s.reduced_block, "gathered": s.root + s.block}
+    last = s.gradients + s.head_gradient * (1 if s.head else 3)
+    moments = [
         {
-            "gradients": head + s.block_gradient + s.reduced_block,
-            "gathered": s.root + s.block,
-            "activations": before + a.working if before else 0,
-            "logits": a.held_logits,
+            "gradients": early + head + s.block_gradients + s.reduced_block,
+            "gathered": s.root + one,
+            "activations": before,
         },
-        {"gradients": last + s.reduced_root},
+        {**block, "activations": before + a.working if before else 0},
+        {"gradients": last, "gathered": s.root},
+        {"gradients": s.gradients + s.head_gradient + s.reduced_root},
     ]
+    if s.head:
+        moments += [
+            {"gradients": early + s.head_gradient + behind, "gathered": one, "activations": a.kept},
+            {**block, "gradients": early + s.block_gradient + behind, "activations": a.kept + a.working},
+            {**block, "gradients": early + s.block_gradients + behind, "activations": a.kept + a.ending},
+        ]
+    return moments
 
 
 def _host(r: MemoryRequest, s: States) -> int:

@@ -24,7 +24,7 @@ class States:
     """Bytes per GPU.
 
     `weights` base or full model; `adapters` their parameters; `gradients` of everything that trains, as kept between
-    backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`
+    backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`, `head`
     and `block` are gathered copies; `casts` 16-bit copies that autocast makes of whole fp32 weights; `head_gradient` is
     the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix whose backward
     runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2
@@ -39,6 +39,7 @@ class States:
     optimizer: int
     step_temporary: int
     root: int
+    head: int
     block: int
     casts: int
     head_gradient: int
@@ -90,6 +91,10 @@ def base_linear_width(r: MemoryRequest) -> tuple[float, float]:
     if r.method == "qlora":
         double = r.double_quant is not False
         block, outer = C["nf4_block"], C["nf4_double_block"]
+        if (
+            r.kernels == "trebuchet" and r.parallel == "fsdp2"
+        ):  # kernels/nf4_linear.py: absmax is sharded with its weights
+            return (0.5 + 1 / block, 4 / (block * outer)) if double else (0.5 + 4 / block, 0.0)
         return 0.5, (1 / block + 4 / (block * outer)) if double else 4 / block
     if r.method == "lora8":
         return 1.0, 0.0  # one byte a weight; one fp32 scale a row is under 0.1 % of it
@@ -137,6 +142,8 @@ def states(r: MemoryRequest) -> States:
         host += weights - stay + adapter_bytes + gradients
         weights, adapter_bytes, gradients = stay, 0, 0
     root, block = _gathered(r, n)
+    apart = r.parallel == "fsdp2" and m.head_params > 0  # embedding and head are units of their own, like a block
+    head = m.head_params * (other_width(r) if r.adapters else compute) if apart and n > 1 else 0
     whole_gradients = compute if n > 1 or zero else width
     autocast = residual_width(r) > hidden_width(r)
     fsdp2 = r.parallel == "fsdp2" and n > 1 and not r.adapters
@@ -146,13 +153,14 @@ def states(r: MemoryRequest) -> States:
         gradients=gradients,
         optimizer=optimizer,
         step_temporary=temporary,
-        root=root,
+        root=0 if apart else root,
+        head=head,
         block=block,
         casts=_cast_params(r) * compute if autocast else 0,
         head_gradient=0 if r.adapters else m.embedding_params * whole_gradients,
         block_gradients=0 if r.adapters else m.block_params * whole_gradients,
         reduced_block=4 * m.block_params if fsdp2 else 0,
-        reduced_root=4 * (m.embedding_params + m.head_params) if fsdp2 else 0,
+        reduced_root=4 * m.embedding_params if fsdp2 else 0,
         block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * whole_gradients,
         buffers=_buffers(r),
         staging=m.hidden_size * max(m.intermediate_size, m.vocab_size) * compute if r.adapters else 0,

@@ -132,7 +132,7 @@ def _step(r: MemoryRequest, hw: Hardware, flops: float, efficiency: float) -> di
     floor = r.model.num_layers * C["layer_floor_s"] * (1.0 if recomputes else 0.75) * C["efficiency"] / efficiency
     compute = max(flops / achieved + dequantize, floor)
     gathered, reduced = (_transfer(r, hw, sent) for sent in _traffic(r))
-    once, each = (reduced, gathered) if r.parallel in ("ddp", "zero2") else (0.0, gathered + reduced)
+    once, each = (reduced, gathered) if r.parallel in ("ddp", "zero2") else (_between_copies(r, hw), gathered + reduced)
     hidden = 1 - C["overlap"]
     return {
         "compute": r.grad_accum * compute,
@@ -165,6 +165,17 @@ def _traffic(r: MemoryRequest) -> tuple[float, float]:
     linear = m.num_layers * m.block_linear_params
     weights = linear * width + (m.total_params - linear) * compute_width(r)
     return 2 * part * weights, part * trained * compute_width(r)
+
+
+def _between_copies(r: MemoryRequest, hw: Hardware) -> float:
+    """Seconds to sum the gradient shards over the copies of HSDP, once a step; each GPU's ring has its own network adapter."""
+    copies = r.dp_replicate if r.parallel in SHARDED else 1
+    if copies == 1:
+        return 0.0
+    trained = adapter_params(r) if r.adapters else r.model.total_params
+    sent = 2 * (copies - 1) / copies * trained / r.shards * 4
+    link = hw.inter_node_bandwidth if r.gpus > (r.gpus_per_node or 8) else hw.intra_node_bandwidth
+    return sent / (link * C["link_efficiency"]) if link else 0.0
 
 
 def _transfer(r: MemoryRequest, hw: Hardware, sent: float) -> float:

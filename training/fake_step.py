@@ -26,7 +26,7 @@ from ..kernels.launch_table import TABLE
 from ..launcher.errors import UserError
 from ..launcher.model_spec import table_config
 from ..launcher.plan import Plan
-from ..strategies import prepare
+from ..strategies import fsdp2, prepare, streaming
 from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
 from .objectives import make
 from .optim import make_optimizer
@@ -120,34 +120,23 @@ def build(plan: Plan) -> Any:
             found, dtype=prepare.storage_dtype(chosen), attn_implementation=prepare.ATTENTION[chosen.attention]
         )
         net.config.use_cache = False
-        if chosen.method == "qlora":
+        if chosen.method == "qlora" and chosen.parallel == "fsdp2":
+            dtype = prepare.compute_dtype(chosen.precision)
+            streaming.to_nf4(net, double=config.strategy.quant.double, compute_dtype=dtype)
+        elif chosen.method == "qlora":
             fake_nf4(net)
         if chosen.method != "full":
             net = prepare._adapt(net, config.strategy, False)
-        prepare._patch(net, config.strategy)
+        prepare._patch(net, config.strategy, torch.device("cpu"))
         if chosen.checkpointing != "none":
             prepare._checkpoint_activations(net, chosen)
     if chosen.device == "cuda":
         _cuda_dropout(net)
     if chosen.parallel == "fsdp2":
-        shard(net, plan)
+        core = net.get_base_model() if hasattr(net, "get_base_model") else net
+        resident = fsdp2.offload_policy(chosen.model_copy(update={"offload": "none"}), torch.device("cpu"))
+        fsdp2.shard(core, fsdp2.mesh_of(chosen, torch.device("cpu")), fsdp2.mixed_precision(chosen), resident)
     return net.train()
-
-
-def shard(net: Any, plan: Plan) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    chosen = plan.chosen
-    assert chosen is not None
-    mesh = init_device_mesh(
-        "cpu", (chosen.dp_replicate, chosen.dp_shard) if chosen.dp_replicate > 1 else (chosen.dp_shard,)
-    )
-    policy = MixedPrecisionPolicy(param_dtype=prepare.compute_dtype(chosen.precision), reduce_dtype=torch.float32)
-    inner = net.get_base_model() if hasattr(net, "get_base_model") else net
-    for layer in inner.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh, mp_policy=policy)
 
 
 def _loss(plan: Plan, net: nn.Module) -> Tensor:
@@ -159,7 +148,8 @@ def _loss(plan: Plan, net: nn.Module) -> Tensor:
     positions = ids.clone() if config.data.packing and chosen.device == "cuda" else None
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
     dtype = prepare.compute_dtype(chosen.precision)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+    casts = dtype != torch.float32 and not (chosen.parallel == "fsdp2" and chosen.method == "full")
+    with torch.autocast("cpu", dtype=dtype, enabled=casts):
         outcome = make(config.objective)(net, batch, kernels=config.strategy.kernels != "off")
         return outcome.sums.sum()
 
