@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -22,6 +26,20 @@ def add_data(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "--shards", type=int, metavar="N", help="do one part of N of the work; run it once more without, at the end"
     )
     prepare.add_argument("--shard", type=int, metavar="I", help="which part, from 0")
+    inspect = verb(
+        "inspect", _inspect, "show samples with the tokens that carry loss, and counts of all of them", config=True
+    )
+    inspect.add_argument(
+        "--samples", type=_positive, default=3, metavar="N", help="how many, spread over the set (default 3)"
+    )
+    inspect.add_argument("--html", metavar="FILE", help="write a page that a browser opens, instead of text")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -44,4 +62,23 @@ def _prepare(options: argparse.Namespace) -> int:
     else:
         print("\n".join([*report["lines"], *report.get("files", [])]))
         print("from the cache" if report["cached"] else "cached for the runs that follow")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from . import data_verbs, record
+    from .errors import UserError
+
+    given: dict[str, Any] = {"samples": options.samples, "overrides": options.overrides}
+    if options.html:
+        try:
+            record.write_atomically(Path(options.html), data_verbs.inspect(options.config, page=True, **given))
+        except OSError as error:
+            raise UserError(f"{options.html} could not be written: {error.strerror or error}.") from None
+        print(f"written to {options.html}")
+        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows question marks instead of failing
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(data_verbs.inspect(options.config, colour=colour, **given), end="")
     return 0

@@ -1,4 +1,5 @@
-"""`trebuchet data prepare`: the training data curated, tokenized and checked ahead of a run, by one process or by many.
+"""`trebuchet data prepare` and `inspect`: the training data curated, tokenized and checked ahead of a run, by one process or by
+many, and shown.
 
 Left out: what is done to the rows (`training/data/`).
 """
@@ -40,6 +41,29 @@ def prepare(config: str, *, overrides: Sequence[str] = (), output: str | None = 
         files = export(decision, checked.data, Path(output).expanduser(), kind=kind, roles=roles)
         report["files"] = [str(path) for path in files]
     return report
+
+
+def inspect(
+    config: str, *, samples: int, overrides: Sequence[str] = (), colour: bool = False, page: bool = False
+) -> str:
+    """What the model will read and learn, as text for a terminal or as an HTML page, from the data section alone: nothing is
+    planned, started or written but the cache."""
+    checked = load_config(config, overrides)
+    from ..training.data import inspect as looking
+    from ..training.data import inspect_html
+    from ..training.data import prepare as prepare_data
+
+    spec = load_model_spec(checked.model)
+    known = _tokenizer(checked, spec)
+    made = prepare_data(
+        checked.data,
+        checked.objective,
+        model_max_length=spec.max_position_embeddings,
+        seed=checked.optimization.seed,
+        **known,
+    )
+    seen = looking.look(made, known["tokenizer"], samples=samples)
+    return inspect_html.page(seen, f"Data of {config}") if page else looking.terminal(seen, colour=colour)
 
 
 def prepare_part(config: str, shards: int, shard: int, *, overrides: Sequence[str] = ()) -> int:

@@ -182,6 +182,8 @@ def _finish(
     room = row_tokens(data, objective)
     rows = pack(units.lengths, room, seed, packing=data.packing)
     counts = {"truncated": truncated, "lost": lost, "split": split, "duplicates": duplicates}
+    if objective.name == "reward":
+        counts |= {"lost": 0, "too_long": lost}
     return units, rows, describe(units, rows, max_length=room, **counts)
 
 

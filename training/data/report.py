@@ -37,7 +37,8 @@ class SourceReport:
 class SetReport:
     """The training set or the held-out set, as it is trained: after split, weights and the cut at max_length.
 
-    `truncated` samples lost their right end, `no_loss_left` were dropped because nothing trained remained, `split`
+    `truncated` samples lost their right end, `no_loss_left` were dropped because nothing trained remained, `too_long` because
+    their end is what is looked at (reward), `split`
     documents became several samples (objective pretrain). `packing_efficiency` is tokens over rows x max_length.
     `lengths` are tokens per document (a pair is two); `histogram` is (upper limit in tokens, samples up to it and above the one
     before).
@@ -48,6 +49,7 @@ class SetReport:
     trained_tokens: int
     truncated: int
     no_loss_left: int
+    too_long: int
     split: int
     duplicates: int
     rows: int
@@ -96,7 +98,15 @@ class DataReport:
 
 
 def describe(
-    samples: Units, rows: Rows, *, max_length: int, truncated: int, lost: int, split: int, duplicates: int
+    samples: Units,
+    rows: Rows,
+    *,
+    max_length: int,
+    truncated: int,
+    lost: int,
+    split: int,
+    duplicates: int,
+    too_long: int = 0,
 ) -> SetReport:
     """Counts of one set; `rows` is how it was packed."""
     lengths = samples.document_lengths
@@ -108,6 +118,7 @@ def describe(
         trained_tokens=int(samples.trained().sum()),
         truncated=truncated,
         no_loss_left=lost,
+        too_long=too_long,
         split=split,
         duplicates=duplicates,
         rows=len(rows),
@@ -131,6 +142,7 @@ def _line(name: str, part: SetReport, packing: bool) -> str:
     for count, what in (
         (part.truncated, "cut at max_length"),
         (part.no_loss_left, "dropped as nothing trained was left"),
+        (part.too_long, "dropped as longer than max_length"),
         (part.split, "documents split"),
     ):
         text += f"; {count:,} {what}" if count else ""
