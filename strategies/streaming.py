@@ -201,9 +201,9 @@ def start_adapters(core: Any, seed: int) -> None:
             first = torch.nn.Linear(a.shape[1], a.shape[0], bias=False).weight  # the constructors draw, too
             torch.nn.Linear(b.shape[1], b.shape[0], bias=False)
             torch.nn.init.kaiming_uniform_(first, a=math.sqrt(5))
-            base = module.base_layer.weight.dtype
+            base = getattr(module.base_layer, "compute_dtype", module.base_layer.weight.dtype)
             rows, start = own_rows(a)
-            rows.copy_((first.to(base) if base.is_floating_point else first)[start : start + len(rows)])
+            rows.copy_(first.to(base)[start : start + len(rows)])
             own_rows(b)[0].zero_()
 
 

@@ -4,7 +4,8 @@
 
 JOB.json: {"config": …, "out": FOLDER, "groups": [{"world": 2, "cells": {NAME: CELL}}]}, groups one after the other. A cell is
 {"strategy": keys of the YAML, "top": {section: keys}, "chosen": fields of the plan that a planner for a CPU would not choose (offload),
-"from": NAME, "steps": [first, last], "save": true}. Each rank writes out/WORLD-RANK.json: what it saw, by cell.
+"model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "evaluate", "export", "leave_out": true}. Each rank writes
+what it saw, by cell, into out/NAME-RANK.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
     """Trains from the newest checkpoint of its folder, if it has one, and looks at everything that the tests ask about."""
     from trebuchet.kernels import functional
 
+    if cell.get("leave_out"):
+        return {"error": without_the_root(name, cell, job, accelerator)}
     loop, prepared = start(name, cell, job, accelerator)
     layout = loop.stepper.layout
     found: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], **observe(layout)}
@@ -37,7 +40,7 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
         found["losses"].append(result.loss)
         found["norms"].append(result.grad_norm)
         found["tokens"].append((result.tokens, result.trained_tokens))
-        if step == 2 and "steps" not in cell:  # training goes on as if there had been none
+        if step == 2 and cell.get("evaluate"):  # training goes on as if there had been none
             loop.session.measure(loop)
             found["after_evaluation"] = observe(layout)
         if step + 1 in cell.get("save", []):
@@ -46,7 +49,8 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
     accelerator.wait_for_everyone()
     found["calls"] = sorted(functional.calls())
     found["kernels"] = prepared.kernels.summary() if prepared.kernels else None
-    if "export" in cell:
+    found["frozen_bytes"] = digests(layout)
+    if cell.get("export"):
         found["model"] = leave(loop)
     return found
 
@@ -63,6 +67,7 @@ def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any
     for section, values in cell.get("top", {}).items():
         tree[section] = {**tree.get(section, {}), **values}
     tree |= {"strategy": {**tree["strategy"], **cell["strategy"]}, "output": str(folder.root)}
+    tree["model"] = {**tree["model"], **({"name": cell["model"]} if "model" in cell else {})}
     tree["cluster"] = {"name": "local", "processes": accelerator.num_processes}
     plan = api.plan(tree)
     assert plan.chosen is not None, [r.reason for r in plan.rejected]
@@ -76,6 +81,36 @@ def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any
     loop = session.loop(prepared)
     loop.session = session  # type: ignore[attr-defined]
     return loop, prepared
+
+
+def without_the_root(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any) -> str:
+    """What is said when everything outside the decoder layers is left whole, as a wrapper that skips modules would."""
+    from trebuchet.strategies import fsdp2
+    from trebuchet.strategies.layouts import LayoutError
+
+    real = fsdp2.fully_shard
+    fsdp2.fully_shard = lambda module, **options: "Decoder" in type(module).__name__ and real(module, **options)
+    try:
+        start(name, cell, job, accelerator)
+    except LayoutError as problem:
+        return str(problem)
+    finally:
+        fsdp2.fully_shard = real
+    return "nothing was said"
+
+
+def digests(layout: Any) -> dict[str, str]:
+    """SHA-256 of every gathered tensor in bytes: packed weights and scales."""
+    import hashlib
+
+    import torch
+
+    whole = layout.whole(lambda name: ".base_layer." in name)
+    return {
+        name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in whole
+        if tensor.dtype == torch.uint8
+    }
 
 
 def leave(loop: Any) -> str:
@@ -106,14 +141,17 @@ def observe(layout: Any) -> dict[str, Any]:
     from torch.distributed.tensor import DTensor
 
     layout.rest()
-    kinds, local, whole, four_bit = set(), 0, 0, 0
+    kinds, local, whole, four_bit, all_four_bit = set(), 0, 0, 0, 0
     for parameter in layout.inside.parameters():
         mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         kinds.add(type(parameter).__name__)
         local += mine.numel() * mine.element_size()
         whole += parameter.numel() * parameter.element_size()
-        four_bit += mine.numel() if mine.dtype.is_floating_point is False else 0
-    return {"kinds": sorted(kinds), "local_bytes": local, "whole_bytes": whole, "packed_bytes": four_bit}
+        if not mine.dtype.is_floating_point:
+            four_bit += mine.numel()
+            all_four_bit += parameter.numel()
+    sizes = {"local_bytes": local, "whole_bytes": whole, "packed_bytes": four_bit, "whole_packed_bytes": all_four_bit}
+    return {"kinds": sorted(kinds), **sizes}
 
 
 def rank_main(group: dict[str, Any], job: dict[str, Any], rank: int, port: int) -> None:
