@@ -1,5 +1,6 @@
 # make demo   virtual environment, install, real model, real data, plan, train, evaluate
 # make test   the same from scratch for the tests; test-fast leaves out what takes longer than ten seconds
+# make soak   runs killed at 25 random moments, saving in the foreground and in the background
 # make lint   ruff and mypy
 #
 # Everything happens in .venv beside this file; nothing else is touched. constraints.txt pins what is installed.
@@ -10,10 +11,10 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --constraint constraints.txt
 PY := .venv/bin/python
 
-.PHONY: demo test test-fast lint kernels-check clean help
+.PHONY: demo test test-fast soak lint kernels-check clean help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=python3.11"; exit 2; }
@@ -46,6 +47,9 @@ test: .venv/dev
 test-fast: .venv/dev
 	$(PY) -m pytest -m 'not slow and not gpu' tests/kernels
 	$(PY) -m pytest -m 'not slow and not gpu' --ignore tests/kernels
+
+soak: .venv/dev
+	TREBUCHET_KILLS=25 $(PY) -m pytest tests/strategies/test_kills.py
 
 # The kernel layer without a GPU: interpreter, ahead-of-time compilation, integration; then the table of budgets.
 kernels-check: .venv/dev

@@ -8,6 +8,7 @@ run.json and in one paragraph on rank 0; a traceback goes to the rank's log.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -55,7 +56,8 @@ def main(run: str, until: int | None = None) -> int:
         node = getattr(problem, "node", None)
     except Exception as problem:  # the last line of defence: every failure must reach the record
         make_room(folder)
-        traceback.print_exc(file=tee.file)
+        with contextlib.suppress(OSError):  # a disk that is full again; the reason in a line needs less
+            traceback.print_exc(file=tee.file)
         code, error = 1, f"{describe(problem)} The traceback is in {folder.log(rank)}."
     if error is not None:  # on the screen only the cause, not its echo on other ranks
         print(error, file=tee.file if folder.outcome.exists() else tee)

@@ -33,12 +33,28 @@ def save(folder: Path, model: torch.nn.Module, optimizer: Optimizer, background:
     state: dict[str, Any] = to_save(model, optimizer)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     if not background:
-        dcp.save(state, storage_writer=writer)
+        try:
+            dcp.save(state, storage_writer=writer)
+        except dcp.CheckpointException as problem:
+            raise cause(problem) from None
         return None
     if "group" not in _background:
         _background["group"] = dist.new_group(backend="gloo")
-    future: Any = dcp.async_save(state, storage_writer=writer, process_group=_background["group"])
-    return future
+    ended: Future[None] = Future()
+
+    def end(writing: Future[Any]) -> None:
+        problem = writing.exception()
+        ended.set_result(None) if problem is None else ended.set_exception(cause(problem))
+
+    saved: Any = dcp.async_save(state, storage_writer=writer, process_group=_background["group"])
+    saved.add_done_callback(end)
+    return ended
+
+
+def cause(problem: BaseException) -> BaseException:
+    """What failed on the first rank that failed: a full disk should be called that, and not the exception of a collective."""
+    failures = getattr(problem, "failures", None)
+    return failures[min(failures)][0] if failures else problem
 
 
 def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
