@@ -1,13 +1,12 @@
 """The ranks of a local job while they run: interrupts of the user, and an end for ranks that outlive a failure of others.
 
-Ranks run in a process group of their own. Left out: starting them (local.py).
+Left out: starting them (local.py).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 from .run_folder import RunFolder
 
 POLL_S = 0.5
-LINGER_S = 15.0  # from the first failure to the end of all ranks; longer than a rank needs to say what it was doing
+LINGER_S = 10.0  # from the first failure to the end of all ranks; longer than a rank needs to say what it was doing
 
 
 def wait(folder: RunFolder, process: subprocess.Popen[bytes]) -> None:
@@ -63,8 +62,13 @@ class Interrupts:
         end(self.process.pid)
 
 
-def end(group: int) -> None:
-    """Ends a process group that `execute` started, at once: the ranks take SIGTERM as a wish for a checkpoint, and the user has
-    said no to that."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+def end(pid: int) -> None:
+    """Ends what `execute` started, at once: the ranks take SIGTERM as a wish for a checkpoint, and the user has said no to that.
+    Every rank is in a process group of its own, so they are found as descendants, and before their parent is gone."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(pid)
+        for process in (launcher, *launcher.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
