@@ -167,11 +167,6 @@ def refuse_what_cannot_start(decided: Plan) -> None:
     chosen = decided.chosen
     assert chosen is not None
     backends.of_plan(decided).check(decided)
-    if chosen.parallel == "zero3":
-        raise SchedulerRefused(
-            f"the plan is {chosen.method} under {chosen.parallel} with offload {chosen.offload}, which this version plans for but "
-            "does not start; fsdp2 it does: --set strategy.parallel=fsdp2."
-        )
 
 
 def refuse_missing_trackers(config: TrainConfig) -> None:

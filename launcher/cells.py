@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .costing import Hardware, Layout, optimizer, quantized
+from .costing import Hardware, Layout, optimizer, precision, quantized
 from .schema import TrainConfig
 
 ON_CPU = {
@@ -31,8 +31,10 @@ def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layou
     yield from _layout(hardware, method, layout)
     yield from _states(name, layout)
     yield from _reference(config.objective.reference_for(method), method, layout)
-    if config.objective.name == "reward" and layout.parallel == "fsdp2":
-        yield "a score head has no weights in the base's files to stream onto shards; use ddp or zero3"
+    if config.objective.name == "reward" and layout.parallel in ("fsdp2", "zero3"):
+        yield "a score head has no weights in the base's files to stream onto shards; use ddp"
+    if layout.parallel == "zero3" and precision(config, hardware) == "fp16-mixed":
+        yield "the loss scale of fp16 is the loop's, and DeepSpeed keeps one of its own; use fsdp2, or bf16 where there is"
     if quantized(config, method) == "int8":
         yield from _int8(layout)
 
@@ -44,6 +46,8 @@ def _layout(hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
         yield "ddp keeps copies on several ranks in step, and there is one"
     if layout.offload != "none" and layout.parallel == "ddp":
         yield "DDP keeps everything on the GPU; offload works with fsdp2 and zero3"
+    if layout.offload != "none" and layout.parallel == "none":
+        yield "nothing moves to the host without a layout that does it; fsdp2 and zero3 do, also on one GPU"
     if layout.offload != "none" and hardware.device == "cpu":
         yield "on a CPU everything is in host memory already"
     if layout.offload == "optimizer" and layout.parallel == "fsdp2":
@@ -58,6 +62,8 @@ def _states(name: str, layout: Layout) -> Iterator[str]:
     """What an optimizer's states cannot be put through."""
     if layout.offload != "none" and name == "paged-adamw-8bit":
         yield "a paged optimizer lives in GPU memory and pages out by itself; it does not work on offloaded states"
+    if layout.parallel == "zero3" and name != "adamw":
+        yield f"ZeRO-3 steps one flat vector of many parameters, and the blocks of {name} would cross them; use adamw, or fsdp2"
     if layout.offload != "none" and name != "adamw":
         yield f"{name} steps where its states are, and offloaded states are on the CPU; use adamw, or no offload"
 

@@ -158,7 +158,10 @@ def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
     if want.dp_replicate == "auto":  # copies of whole nodes: gradients alone cross the network, and gathers stay within
         every += [Layout("fsdp2", "none", c, n // c) for c in whole_nodes(hardware)]
     if hardware.device == "cuda":
-        every += [Layout("zero3", "optimizer", 1, n), Layout("fsdp2", "params", copies, n // copies)]
+        zero = (
+            [Layout("zero3", "optimizer", 1, n)] if precision(config, hardware) != "fp16-mixed" else []
+        )  # see cells.py
+        every += [*zero, Layout("fsdp2", "params", copies, n // copies)]
     named = [x for x in every if want.parallel in ("auto", x.parallel) and want.offload in ("auto", x.offload)]
     if not named and want.parallel != "auto":  # what the user names is tried even where the policy would not
         shard = {"fsdp2": n // copies, "zero3": n}.get(want.parallel, 1)

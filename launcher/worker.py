@@ -114,6 +114,8 @@ def drop_harmless_lines() -> None:
     # PEFT 0.21 asks a transformers 5.23 model by a name of before.
     # FSDP2 sees that log-probabilities leave the model as a view of themselves; nothing of ours writes into them.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    # DeepSpeed 0.19 calls torch 2.13 by names of before.
+    warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 

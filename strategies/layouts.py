@@ -74,9 +74,10 @@ class Layout:
 
 def place(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimizer: MakeOptimizer) -> Layout:
     """The layout that the plan chose, with the model of `prepared` on `device`. A collective where there are several ranks."""
-    from .fsdp2 import fsdp2  # here, because it builds a Layout
+    from .fsdp2 import fsdp2  # here, because they build a Layout
+    from .zero3 import zero3
 
-    kinds = {"none": replicated, "ddp": replicated, "fsdp2": fsdp2}
+    kinds = {"none": replicated, "ddp": replicated, "fsdp2": fsdp2, "zero3": zero3}
     return kinds[chosen.parallel](prepared, chosen, device, make_optimizer)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels.nf4_linear import NF4Linear
-from . import streaming
+from . import streaming, zero3_read
 
 if TYPE_CHECKING:
     from ..kernels.patch import KernelReport
@@ -33,7 +33,7 @@ class Prepared:
     kernels: KernelReport | None
     trainable: int
     total: int
-    fill: Callable[[Any], None] | None = None  # reads the weights of a skeleton once it is sharded
+    fill: Callable[..., None] | None = None  # reads the weights of a skeleton: into shards, or cutting as it goes
 
 
 def compute_dtype(precision: str) -> torch.dtype:
@@ -61,7 +61,7 @@ def prepare(
     Raises what the libraries raise; a model that the plan let through and that does not load is a failed job, not bad input.
     """
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
-    streamed = chosen.parallel == "fsdp2"
+    streamed = chosen.parallel in ("fsdp2", "zero3")
     net = (
         _skeleton(folder, model, strategy, chosen)
         if streamed
@@ -78,7 +78,12 @@ def prepare(
     if chosen.checkpointing != "none":
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    fill = partial(streaming.fill, folder=folder, device=device, offload=chosen.offload == "params", seed=seed)
+    fill: Callable[..., None] = partial(
+        streaming.fill, folder=folder, device=device, offload=chosen.offload == "params", seed=seed
+    )
+    if chosen.parallel == "zero3":
+        dtype = compute_dtype(chosen.precision)
+        fill = partial(zero3_read.read, folder=folder, dtype=dtype, device=device, seed=seed)
     total = weights(net)
     return Prepared(model=net, kernels=report, trainable=trainable, total=total, fill=fill if streamed else None)
 

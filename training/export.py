@@ -87,7 +87,8 @@ def stream(layout: Layout, beside: Path, dtype: torch.dtype, *, main: bool, shar
     """
     net: Any = layout.inside
     tied = set(getattr(net, "all_tied_weights_keys", None) or {})
-    sizes = {name: t.numel() * dtype.itemsize for name, t in net.state_dict().items() if name not in tied}
+    numel = lambda t: getattr(t, "ds_numel", t.numel())  # noqa: E731  ZeRO-3 leaves empty tensors behind
+    sizes = {n: numel(t) * dtype.itemsize for n, t in net.state_dict(keep_vars=True).items() if n not in tied}
     files = deal(sizes, shard_bytes)
     names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     names = names if len(files) > 1 else ["model.safetensors"]

@@ -18,7 +18,9 @@ def make_optimizer(
 ) -> Optimizer:
     """AdamW over the trainable parameters. Weight decay touches matrices only: not norms, not biases."""
     trainable = [(n, p) for n, p in named if p.requires_grad]
-    matrices = {id(p) for _, p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2}  # ZeRO-3 keeps the shape there
+    matrices = {
+        id(p) for _, p in trainable if len(getattr(p, "ds_shape", p.shape)) >= 2
+    }  # ZeRO-3 keeps the shape there
     groups = [
         {"params": [p for _, p in trainable if id(p) in matrices], "weight_decay": weight_decay},
         {"params": [p for _, p in trainable if id(p) not in matrices], "weight_decay": 0.0},

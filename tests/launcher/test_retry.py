@@ -25,7 +25,7 @@ def rungs(start: Plan) -> list[Plan]:
 
 
 def test_the_order_of_the_rungs() -> None:
-    strategy = {"method": "full", "parallel": "fsdp2", "checkpointing": "none", "offload": "none"}
+    strategy = {"method": "full", "parallel": "zero3", "checkpointing": "none", "offload": "none"}
     first = plan(
         MODELS[1],
         gpus(2, 80.0, 500.0),

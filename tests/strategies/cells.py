@@ -144,6 +144,10 @@ def observe(layout: Any) -> dict[str, Any]:
     kinds, local, whole, four_bit, all_four_bit = set(), 0, 0, 0, 0
     for parameter in layout.inside.parameters():
         mine = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: the piece, and the parameter itself where it stays whole
+            local += parameter.numel() * parameter.element_size()
+            whole += (parameter.ds_numel - parameter.numel()) * parameter.element_size()
+            mine = parameter.ds_tensor
         kinds.add(type(parameter).__name__)
         local += mine.numel() * mine.element_size()
         whole += parameter.numel() * parameter.element_size()
