@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from .advice import advice
 from .cells import cannot
 from .cluster import Cluster
-from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision
+from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision, quantized
 from .errors import ClusterError
 from .model_spec import ModelSpec
 from .plan import NOT_TIMED, Chosen, Memory, Plan, Rejected
@@ -270,6 +270,10 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[
     )
     memory = chosen.memory
     out = [f"{method}; {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable"]
+    if quantized(config, chosen.method) == "int8":
+        out.append(
+            "the frozen base in LLM.int8, a byte a weight; what bitsandbytes multiplies with runs outside the kernel layer"
+        )
     if chosen.parallel != "none":
         cut = f" {chosen.dp_replicate} x {chosen.dp_shard}" if chosen.dp_replicate > 1 and chosen.dp_shard > 1 else ""
         why = (

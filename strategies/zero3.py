@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from ..launcher.errors import JobFailed
 from . import zero3_states
-from .layouts import Layout, MakeOptimizer
+from .layouts import Layout, LayoutError, MakeOptimizer
 from .memory_constants import CONSTANTS as C
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def settings(chosen: Chosen, hidden_size: int) -> dict[str, Any]:
 def zero3(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimizer: MakeOptimizer) -> Layout:
     """Reads and cuts the skeleton of `prepared`, counts, and starts DeepSpeed's engine. Collective.
 
-    Raises JobFailed when this rank keeps more than its share.
+    Raises LayoutError when this rank keeps more than its share.
     """
     deepspeed = begin(device)
     inside = prepared.model
@@ -116,6 +115,7 @@ def begin(device: torch.device) -> Any:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # one process, started without a rendezvous
+        os.environ.setdefault("LOCAL_RANK", "0")
         dist.init_process_group("gloo" if device.type == "cpu" else None, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
     return deepspeed
@@ -124,7 +124,7 @@ def begin(device: torch.device) -> Any:
 def count(model: torch.nn.Module, ranks: int, small: int) -> tuple[int, int]:
     """(bytes of parameters on this rank, bytes of the same whole). Parameters of at most `small` elements stay whole beside their cut.
 
-    Raises JobFailed, with the largest offenders, when a larger one is not cut.
+    Raises LayoutError, with the largest offenders, when a larger one is not cut.
     """
     local = whole = 0
     wrong: list[tuple[int, str]] = []
@@ -137,7 +137,7 @@ def count(model: torch.nn.Module, ranks: int, small: int) -> tuple[int, int]:
         local, whole = local + here * width, whole + p.ds_numel * width
     if wrong:
         largest = ", ".join(f"{name} ({size / 2**20:.1f} MiB)" for size, name in sorted(wrong, reverse=True)[:3])
-        raise JobFailed(
+        raise LayoutError(
             f"{len(wrong)} parameters are not sharded over {ranks} ranks: {largest}. This rank holds {local / 2**20:.1f} MiB of "
             f"{whole / 2**20:.1f}, and the plan counts on {whole / ranks / 2**20:.1f}."
         )
