@@ -21,6 +21,11 @@ def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout)
     return next(_reasons(config, hardware, method, layout), None)
 
 
+def spell(layout: Layout) -> str:
+    where = {"none": "one device", "ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[layout.parallel]
+    return where if layout.offload == "none" else f"{where} with {layout.offload} in host memory"
+
+
 def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
     name = optimizer(config)
     if hardware.device == "cpu":

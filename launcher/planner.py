@@ -19,9 +19,9 @@ import itertools
 from collections.abc import Iterator
 
 from .advice import advice
-from .cells import cannot
+from .cells import cannot, spell
 from .cluster import Cluster
-from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision, quantized
+from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision
 from .errors import ClusterError
 from .model_spec import ModelSpec
 from .plan import NOT_TIMED, Chosen, Memory, Plan, Rejected
@@ -158,10 +158,8 @@ def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
     if want.dp_replicate == "auto":  # copies of whole nodes: gradients alone cross the network, and gathers stay within
         every += [Layout("fsdp2", "none", c, n // c) for c in whole_nodes(hardware)]
     if hardware.device == "cuda":
-        zero = (
-            [Layout("zero3", "optimizer", 1, n)] if precision(config, hardware) != "fp16-mixed" else []
-        )  # see cells.py
-        every += [*zero, Layout("fsdp2", "params", copies, n // copies)]
+        every += [Layout("zero3", "optimizer", 1, n)] * (precision(config, hardware) != "fp16-mixed")  # cells.py
+        every += [Layout("fsdp2", "params", copies, n // copies)]
     named = [x for x in every if want.parallel in ("auto", x.parallel) and want.offload in ("auto", x.offload)]
     if not named and want.parallel != "auto":  # what the user names is tried even where the policy would not
         shard = {"fsdp2": n // copies, "zero3": n}.get(want.parallel, 1)
@@ -270,10 +268,6 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[
     )
     memory = chosen.memory
     out = [f"{method}; {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable"]
-    if quantized(config, chosen.method) == "int8":
-        out.append(
-            "the frozen base in LLM.int8, a byte a weight; what bitsandbytes multiplies with runs outside the kernel layer"
-        )
     if chosen.parallel != "none":
         cut = f" {chosen.dp_replicate} x {chosen.dp_shard}" if chosen.dp_replicate > 1 and chosen.dp_shard > 1 else ""
         why = (
@@ -300,8 +294,3 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[
     if reference is not None:
         out.append(REFERENCES[reference])
     return out
-
-
-def spell(layout: Layout) -> str:
-    where = {"none": "one device", "ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}[layout.parallel]
-    return where if layout.offload == "none" else f"{where} with {layout.offload} in host memory"

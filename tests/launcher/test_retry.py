@@ -41,6 +41,7 @@ def test_the_order_of_the_rungs() -> None:
         (1, 6, "none", "none"),
         (1, 6, "selective", "none"),
         (1, 6, "full", "none"),
+        (1, 6, "full", "optimizer"),
         (1, 6, "full", "params"),
     ]
     second = lighter(first)
