@@ -48,7 +48,14 @@ def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides:
     where = cluster or load_cluster(checked.cluster.name)
     size = data_size(checked)
     model = load_model_spec(checked.model)
-    return with_way_out(make_plan(checked, model, where, examples=size.examples, tokens=size.tokens))
+
+    def decide(hardware: Cluster) -> Plan:
+        return with_way_out(make_plan(checked, model, hardware, examples=size.examples, tokens=size.tokens))
+
+    if where.scheduler == "ray":  # how many ranks is a setting of the cluster there, and may be two numbers
+        decided: Plan = backends.backend("ray").shaped(where, checked.cluster.processes, decide)
+        return decided
+    return decide(where)
 
 
 def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:

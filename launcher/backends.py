@@ -24,7 +24,11 @@ from .plan import Plan
 from .run_folder import RunFolder
 
 ROOT = __package__.rpartition(".")[0]
-MODULES = {"local": f"{ROOT}.launcher.local", "slurm": f"{ROOT}.slurm.scheduler"}
+MODULES = {
+    "local": f"{ROOT}.launcher.local",
+    "slurm": f"{ROOT}.slurm.scheduler",
+    "ray": f"{ROOT}.ray_cluster.scheduler",
+}
 
 
 def backend(name: str) -> Any:

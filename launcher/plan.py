@@ -6,6 +6,7 @@ Plain data. `plan.json` in a run folder is a `Plan`; the worker reads it and nev
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -64,6 +65,21 @@ class Chosen(Data):
     memory: Memory
     time: Time
     cost: float | None
+    elastic: tuple[int, int] | None = None  # fewest and most ranks; the plan is for the fewest
+
+    def at_world(self, world: int, global_batch: int) -> Chosen:
+        """The same strategy over `world` ranks of an elastic run: the global batch stays, accumulation follows."""
+        sharded = self.parallel in ("fsdp2", "zero3")
+        parallel = self.parallel if sharded else "none" if world == 1 else "ddp"
+        return self.model_copy(
+            update={
+                "parallel": parallel,
+                "dp_replicate": 1 if sharded else world,
+                "dp_shard": world if sharded else 1,
+                "accumulation": math.ceil(global_batch / (self.micro_batch * world)),
+                "gpus": world if self.gpus else 0,
+            }
+        )
 
     @property
     def ranks(self) -> int:

@@ -48,7 +48,7 @@ def main(run: str, until: int | None = None) -> int:
     drop_harmless_lines()
     node = None
     try:
-        plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+        plan = at_this_world(Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
         finished = train(folder, plan, until)
         code, error = (0, None) if finished else (STOPPED, None)
     except TrebuchetError as problem:
@@ -101,6 +101,15 @@ def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
         return Session(runtime).run(until)
     finally:
         accelerator.end_training()
+
+
+def at_this_world(plan: Plan) -> Plan:
+    """The plan for the ranks that an elastic run has just now. Every other run has the plan's number, or stops."""
+    world, chosen = int(os.environ.get("WORLD_SIZE", "1")), plan.chosen
+    assert chosen is not None
+    if chosen.elastic is None or not chosen.elastic[0] <= world <= chosen.elastic[1]:
+        return plan
+    return plan.model_copy(update={"chosen": chosen.at_world(world, plan.config.optimization.global_batch_size)})
 
 
 def drop_harmless_lines() -> None:

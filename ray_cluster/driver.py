@@ -1,0 +1,106 @@
+"""The Ray job of a run: starts its ranks by Ray Train, lets it replace what fails, closes the record.
+
+    python -m trebuchet.ray_cluster.driver RUN
+
+Ray Train restarts the ranks as a group when one is lost and, in an elastic run, whenever the number of nodes changes; each time
+they go on from the newest checkpoint, with the global batch of the plan. How often a failure is forgiven is decided here and in
+ranks.py, by its class, and not by Ray's counters: those count a lost node like a wrong line of data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..launcher import record
+from ..launcher.job import JobState
+from ..launcher.plan import Plan
+from ..launcher.run_folder import RunFolder
+from . import scheduler
+from .ranks import STOPPED, kind_of, rank
+
+RESIZE_LOOK_S = 2.0  # how often Ray Train looks whether an elastic run could be larger
+
+
+def main(run: str) -> int:
+    folder = RunFolder(Path(run))
+    import ray
+
+    ray.init(address="auto", log_to_driver=False, namespace="trebuchet")
+    while True:
+        plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+        words = fit(folder, plan)
+        outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
+        if outcome is not None and kind_of(outcome) == "oom":
+            next_plan = scheduler.smaller(plan)
+            if next_plan is not None:
+                assert next_plan.chosen is not None
+                record.update(folder, attempt={"kind": "oom"})
+                record.end_attempt(folder, JobState.OUT_OF_MEMORY, 1, outcome["error"])
+                record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
+                record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
+                continue
+        return close(folder, outcome, words)
+
+
+def fit(folder: RunFolder, plan: Plan) -> str | None:
+    """Ray Train from the first group of ranks to the last; its words when it gave up."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer without its process group
+
+    chosen = plan.chosen
+    assert chosen is not None
+    trainer = DataParallelTrainer(
+        rank,
+        train_loop_config={
+            "run": str(folder.root),
+            "handle": record.read(folder)["submitted"],
+            "restarts": scheduler.settings_of(plan).restarts,
+            "gpu": chosen.device == "cuda",
+        },
+        scaling_config=ScalingConfig(
+            num_workers=chosen.elastic or chosen.ranks,
+            use_gpu=chosen.device == "cuda",
+            resources_per_worker=scheduler.resources_of(plan),
+            elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
+        ),
+        run_config=RunConfig(
+            name=f"{folder.root.name}-{os.urandom(4).hex()}",  # the same name again would resume Ray's own state
+            storage_path=str(folder.root / "ray"),
+            failure_config=FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no word'}"
+    return None
+
+
+def close(folder: RunFolder, outcome: dict[str, Any] | None, words: str | None) -> int:
+    """The record's end by what the ranks left, or by Ray Train's words when they left nothing."""
+    folder.stop.unlink(missing_ok=True)
+    if outcome is None:
+        outcome = {"exit_code": 1, "error": words or "the ranks ended without a word; their logs may say more"}
+    code, error = outcome["exit_code"], outcome["error"]
+    if code == 0:
+        state = JobState.SUCCEEDED
+    elif code == STOPPED:
+        state, code = JobState.CANCELLED, 130
+    else:
+        state = JobState.OUT_OF_MEMORY if kind_of(outcome) == "oom" else JobState.FAILED
+    if state not in (JobState.SUCCEEDED, JobState.CANCELLED):
+        record.update(folder, attempt={"kind": kind_of(outcome)})
+    attempts = record.read(folder)["attempts"]
+    if attempts and attempts[-1]["ended"] is None:
+        record.end_attempt(folder, state, code, error)
+    else:
+        record.update(folder, state=state.value, exit_code=code, error=error)
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

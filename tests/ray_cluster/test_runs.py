@@ -1,0 +1,94 @@
+"""Runs of a tiny model as jobs of a real Ray cluster: to their end, resized, with lost ranks, cancelled, refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from trebuchet.launcher import api, cli, logs, record
+from trebuchet.launcher.job import JobState
+from trebuchet.launcher.run_folder import RunFolder
+from trebuchet.ray_cluster import clusters
+from trebuchet.ray_cluster.state import cluster_folder
+
+pytestmark = pytest.mark.slow
+Config = Callable[..., dict[str, Any]]
+# Many small micro-batches: a step takes long enough for nodes to come and go, and hardly any memory.
+LONG = {
+    "optimization.max_steps": 90, "optimization.global_batch_size": 24, "optimization.micro_batch": 1, "optimization.learning_rate": 1e-4,
+    "data.packing": False, "evaluation.every": 90, "evaluation.generations": 0, "checkpointing.every": 5, "data.eval": 0, "tracking": [],
+}  # fmt: skip
+
+
+def losses(folder: RunFolder) -> dict[int, float]:
+    rows = map(json.loads, folder.metrics.read_text(encoding="utf-8").splitlines())
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s} s for {what()}")
+        time.sleep(0.2)
+
+
+def wait_for_world(folder: RunFolder, world: int, steps: int = 2) -> None:
+    """Until an attempt with `world` ranks has done `steps` steps."""
+
+    def there() -> bool:
+        state = api.current_state(folder)
+        found = record.read(folder)
+        assert not state.ended, json.dumps({k: found[k] for k in ("state", "error", "attempts")}, indent=1)
+        last = found["attempts"][-1] if found["attempts"] else {}
+        return last.get("world") == world and found["step"] >= last["first_step"] + steps
+
+    wait_for(there, 180, lambda: f"{world} ranks; {json.dumps(record.read(folder), indent=1)}")
+
+
+def rank_process(folder: RunFolder, rank: int) -> psutil.Process:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.cmdline()[-2:] == ["trebuchet.launcher.worker", str(folder.root)]
+            if ours and process.environ().get("RANK") == str(rank):
+                return process
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_resized_up_and_down_with_a_lost_rank_between(
+    ray_cluster: Path, with_settings: Callable[..., str], tiny_config: Config, tmp_path: Path
+) -> None:
+    """1 rank, then 3, one of them killed, then 2: the losses of the run that nobody disturbed."""
+    name = ray_cluster.stem
+    whole = RunFolder(api.run(tiny_config(LONG | {"optimization.micro_batch": 4}, output=str(tmp_path / "whole"))).folder)
+    clusters.resize(name, 1)
+    run = RunFolder(api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(workers=[1, 3])).folder)
+    wait_for_world(run, 1)
+    clusters.resize(name, 3)
+    wait_for_world(run, 3)
+    rank_process(run, 2).kill()
+    lost_at = len(record.read(run)["attempts"])
+    wait_for(lambda: len(record.read(run)["attempts"]) > lost_at, 120, lambda: "the next attempt")
+    wait_for_world(run, 3)
+    clusters.resize(name, 2)
+    wait_for_world(run, 2)
+    lines = list(logs.lines(run, follow=True))
+    found = record.read(run)
+    assert found["state"] == "SUCCEEDED", json.dumps(found, indent=1)
+    assert {line[:4] for line in lines if line.startswith("[")} >= {"[0] "}
+    worlds = [attempt["world"] for attempt in found["attempts"]]
+    assert worlds[0] == 1 and 3 in worlds and worlds[-1] == 2, worlds
+    kinds = [attempt.get("kind") for attempt in found["attempts"]]
+    assert "resized" in kinds and "node" in kinds, kinds
+    for before, after in zip(found["attempts"], found["attempts"][1:], strict=False):
+        assert before["last_step"] - 5 <= after["first_step"] <= before["last_step"]  # one checkpoint interval at most
+    expected, seen = losses(whole), losses(run)
+    assert list(seen) == list(range(1, 91))
+    assert seen == pytest.approx(expected, rel=1e-5)  # sums over 1, 2 and 3 ranks round differently
+    assert cluster_folder(name).token.stat().st_mode & 0o777 == 0o600
