@@ -11,6 +11,7 @@ import sys
 from functools import partial
 from typing import Any
 
+from .cli_cluster import add_cluster
 from .cli_data import add_data
 
 EPILOG = """A run needs two lines of YAML:
@@ -121,6 +122,7 @@ def parser() -> argparse.ArgumentParser:
     doctor.add_argument("--cluster", metavar="NAME|FILE", help="ask the nodes of this cluster, in a job of a minute")
     data = verbs.add_parser("data", help="prepare the training data ahead of a run")
     add_data(partial(verb, under=data.add_subparsers(required=True, metavar="VERB")))
+    add_cluster(verb)
     verb("config-schema", _schema, "JSON schema of the YAML, for editors")
     return top
 

@@ -83,17 +83,17 @@ def wait_until_ready(folder: ClusterFolder) -> dict[str, Any]:
     raise ClusterError(f"the head of {folder.name} did not come up within {START_S:.0f} s. Its last words: {tail}")
 
 
-def resize(name: str, nodes: int, *, keep: bool = False) -> None:
-    """At most `nodes` nodes from now on, started when work asks for them; with `keep` exactly so many, work or not. The
-    autoscaler reads its file before each decision, so this returns at once."""
+def resize(name: str, nodes: int, *, at_most: bool = False) -> None:
+    """Exactly `nodes` nodes from now on; with `at_most` up to so many, started when work asks for them. The autoscaler reads its
+    file before each decision, so this returns at once. (A run that asks for more than `at_most` allows gets none of it: version 2
+    of the autoscaler starts nothing for a request that it cannot meet whole.)"""
     folder = cluster_folder(name)
-    facts = folder.read()
+    folder.read()
     config = yaml.safe_load(folder.autoscaling.read_text(encoding="utf-8"))
     worker = config["available_node_types"]["worker"]
     config["max_workers"] = worker["max_workers"] = nodes
-    worker["min_workers"] = nodes if keep else min(worker["min_workers"], nodes)
+    worker["min_workers"] = min(worker["min_workers"], nodes) if at_most else nodes
     write_atomically(folder.autoscaling, yaml.safe_dump(config, sort_keys=False))
-    folder.write(resized={"at": time.time(), "nodes": nodes, "before": facts.get("resized", {}).get("nodes")})
 
 
 def down(name: str, say: Say = print, *, keep_log: bool = False) -> None:

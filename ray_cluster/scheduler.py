@@ -54,10 +54,14 @@ def shaped(cluster: Cluster, processes: int | None, decide: Callable[[Cluster], 
     if group.gpus_per_node and least < per_node:
         change["gpus_per_node"] = least
     decided = decide(cluster.model_copy(update={"groups": (group.model_copy(update=change),)}))
-    chosen = decided.chosen
+    chosen, reasons = decided.chosen, decided.reasons
     if chosen is not None and settings.elastic:
         chosen = chosen.model_copy(update={"elastic": settings.elastic})
-    return decided.model_copy(update={"cluster": cluster, "chosen": chosen})
+        reasons = (
+            *reasons,
+            f"elastic: {least} to {most} ranks, planned for {least}; the global batch stays the same at each",
+        )
+    return decided.model_copy(update={"cluster": cluster, "chosen": chosen, "reasons": reasons})
 
 
 def check(plan: Plan) -> None:

@@ -39,8 +39,9 @@ export TREBUCHET_HEAD_HOST=${host#*=}
 
 def render_head(folder: ClusterFolder, site: Site, python: str) -> str:
     """The script of the head's job. Pure."""
+    state = sbatch._assign("state", str(folder.root)) + "\n"
     spec = _spec(folder, NodeGroup(nodes=1, cores=2, host_memory_gib=4), {})
-    return _script(spec, site, python, HOST + f'"$python" -m trebuchet.ray_cluster.head {quote(str(folder.root))} &\n')
+    return _script(spec, site, python, HOST + state + '"$python" -m trebuchet.ray_cluster.head "$state" &\n')
 
 
 def render_node(
@@ -73,7 +74,7 @@ def _script(spec: JobSpec, site: Site, python: str, start: str) -> str:
             "#!/bin/bash\n" + f"# {spec.name}: written by trebuchet for Ray's autoscaler.\n",
             "\n".join(f"#SBATCH {line}" for line in _directives(spec, site)) + "\n",
             sbatch._site_lines(site),
-            sbatch._environment(spec, site),
+            sbatch._environment(spec.model_copy(update={"gpus_per_node": 0}), site),  # ranks get theirs from their run
             f"python={name}\n{start}{RELAY}",
         ]
     )

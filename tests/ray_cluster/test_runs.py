@@ -11,8 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from trebuchet.launcher import api, cli, logs, record
-from trebuchet.launcher.job import JobState
+from trebuchet.launcher import api, logs, record
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.ray_cluster import clusters
 from trebuchet.ray_cluster.state import cluster_folder
@@ -66,9 +65,13 @@ def test_resized_up_and_down_with_a_lost_rank_between(
 ) -> None:
     """1 rank, then 3, one of them killed, then 2: the losses of the run that nobody disturbed."""
     name = ray_cluster.stem
-    whole = RunFolder(api.run(tiny_config(LONG | {"optimization.micro_batch": 4}, output=str(tmp_path / "whole"))).folder)
+    whole = RunFolder(
+        api.run(tiny_config(LONG | {"optimization.micro_batch": 4}, output=str(tmp_path / "whole"))).folder
+    )
     clusters.resize(name, 1)
-    run = RunFolder(api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(workers=[1, 3])).folder)
+    run = RunFolder(
+        api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(workers=[1, 3])).folder
+    )
     wait_for_world(run, 1)
     clusters.resize(name, 3)
     wait_for_world(run, 3)

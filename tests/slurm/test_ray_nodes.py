@@ -1,0 +1,110 @@
+"""A real Ray cluster whose head and nodes are jobs of a real Slurm: grows on demand, replaces what is lost, leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trebuchet.launcher import api, record
+from trebuchet.launcher.cluster import Cluster, NodeGroup, load_cluster
+from trebuchet.launcher.errors import ClusterError
+from trebuchet.launcher.job import JobState
+from trebuchet.launcher.run_folder import RunFolder
+from trebuchet.ray_cluster import clusters
+from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
+from trebuchet.slurm import ray_jobs
+from trebuchet.slurm.site import build_site
+
+from .cluster import SlurmCluster, wait_for
+from .conftest import HERE
+
+Config = Callable[..., dict[str, Any]]
+
+
+def a_folder(root: Path) -> ClusterFolder:
+    folder = ClusterFolder(root / "it's a $(cluster)")
+    folder.create(provider="slurm", object_store_bytes=10**8)
+    folder.write(address="10.0.0.1:6379")
+    return folder
+
+
+def test_scripts_hold_what_a_shell_cannot_misread(tmp_path: Path) -> None:
+    """`bash -n` and shellcheck are content, and neither the token nor an unquoted path is in them."""
+    folder = a_folder(tmp_path)
+    site = build_site({"partition": "gpu", "time": "60", "environment": {"A": "b $c"}}, "test")
+    group = NodeGroup(nodes=2, gpus_per_node=2, gpu="X", gpu_memory_gib=24, host_memory_gib=64, cores=8)
+    node = ray_jobs.render_node(
+        folder, group, site, "/usr/bin/py thon", "worker-1", {"CPU": 8, "GPU": 2, "accelerator_type:X": 1}
+    )
+    for script in (ray_jobs.render_head(folder, site, "/usr/bin/py thon"), node):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+        if shutil.which("shellcheck"):
+            checked = subprocess.run(["shellcheck", "-"], input=script, text=True, capture_output=True)
+            assert checked.returncode == 0, checked.stdout
+        assert folder.token.read_text() not in script
+        assert "#SBATCH --no-requeue" in script and "--signal" not in script
+    assert "#SBATCH --gpus-per-node=2" in node and "--num-gpus=2" in node and "--num-cpus=8" in node
+
+
+def test_a_container_is_refused() -> None:
+    with pytest.raises(ClusterError, match="containers"):
+        ray_jobs.site_of({"partition": "gpu", "container": {"image": "x.sif", "runtime": "apptainer"}}, "test")
+
+
+@pytest.fixture
+def ray_on_slurm(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
+    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
+    tree = {
+        "scheduler": "ray",
+        "groups": [{"nodes": 3, "host_memory_gib": 16, "cores": 1}],
+        "ray": {"provider": "slurm", "idle_s": 6, "workers": 2},
+        "slurm": {"partition": "low", "time": "10", "environment": HERE},
+    }
+    path = tmp_path / f"ray-slurm-{os.getpid()}.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    cluster = load_cluster(str(path))
+    clusters.up(cluster, lambda line: None)
+    try:
+        yield cluster
+    finally:
+        if cluster_folder(cluster.name).exists:
+            clusters.down(cluster.name, lambda line: None)
+
+
+@pytest.mark.slow
+def test_nodes_come_are_replaced_and_go(
+    slurm: SlurmCluster, ray_on_slurm: Cluster, tiny_config: Config, tmp_path: Path
+) -> None:
+    """A run of two ranks brings two jobs; one cancelled from outside is replaced and the run goes on; idle nodes end; after the
+    head is gone, or `down`, the queue is empty."""
+    folder = cluster_folder(ray_on_slurm.name)
+    assert list(ray_jobs.jobs(folder)) == [folder.read()["head_job"]]
+    changes = {
+        "optimization.max_steps": 150, "optimization.global_batch_size": 16, "optimization.micro_batch": 1, "data.packing": False,
+        "evaluation.every": 150, "evaluation.generations": 0, "checkpointing.every": 10, "data.eval": 0, "tracking": [],
+    }  # fmt: skip
+    path = str(tmp_path / f"{ray_on_slurm.name}.yaml")
+    run = RunFolder(api.submit(tiny_config(changes, output=str(tmp_path / "run")), cluster=path).folder)
+    wait_for(lambda: record.read(run)["step"] >= 5, 180, lambda: f"step 5; {record.read(run)}")
+    nodes = nodes_of(folder)
+    assert len(nodes) == 2
+    lost = next(iter(nodes))
+    slurm.ask("scancel", lost)
+    wait_for(lambda: len(record.read(run)["attempts"]) > 1, 180, lambda: f"a second attempt; {record.read(run)}")
+    wait_for(lambda: api.current_state(run).ended, 240, lambda: f"the end; {record.read(run)}")
+    found = record.read(run)
+    assert found["state"] == JobState.SUCCEEDED, found
+    assert found["attempts"][0]["kind"] == "node" and found["attempts"][1]["first_step"] > 0
+    wait_for(lambda: not nodes_of(folder), 60, lambda: f"idle nodes to end; {ray_jobs.jobs(folder)}")
+    clusters.down(ray_on_slurm.name, lambda line: None)
+    assert slurm.ask("squeue", "-h", "-o", "%j").split().count(ray_jobs.job_name(folder)) == 0
+
+
+def nodes_of(folder: ClusterFolder) -> dict[str, str]:
+    return {job: comment for job, (_, comment) in ray_jobs.jobs(folder).items() if comment.startswith("worker-")}
