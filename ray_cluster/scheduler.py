@@ -6,7 +6,6 @@ The job's program is driver.py; it starts the ranks by Ray Train and keeps the r
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import sys
@@ -36,9 +35,9 @@ TRAIN_ENVIRONMENT = {
 def shaped(cluster: Cluster, processes: int | None, decide: Callable[[Cluster], Plan]) -> Plan:
     """The plan of a run on this cluster. An elastic run is planned for its fewest ranks: what fits there fits on more."""
     settings = clusters.of_ray(cluster)
-    if settings.workers is None:
+    if settings.ranks is None:
         return decide(cluster)
-    least, most = settings.elastic or (settings.workers, settings.workers)
+    least, most = settings.ranks
     group = cluster.groups[0]
     per_node = group.gpus_per_node or processes or 1
     if most > per_node * clusters.most_nodes(cluster, settings):
@@ -248,16 +247,3 @@ def ranks_text(plan: Plan) -> str:
 
 def settings_of(plan: Plan) -> RaySettings:
     return ray_settings(plan.cluster.ray, plan.cluster.name)
-
-
-def smaller(plan: Plan) -> Plan | None:
-    """After an out of memory: half the micro-batch, the same global batch; None when there is nothing to halve."""
-    chosen = plan.chosen
-    assert chosen is not None
-    if chosen.micro_batch < 2:
-        return None
-    micro = chosen.micro_batch // 2
-    accumulation = math.ceil(plan.config.optimization.global_batch_size / (micro * chosen.ranks))
-    return plan.model_copy(
-        update={"chosen": chosen.model_copy(update={"micro_batch": micro, "accumulation": accumulation})}
-    )

@@ -47,6 +47,11 @@ class RaySettings(BaseModel):
         return self
 
     @property
+    def ranks(self) -> tuple[int, int] | None:
+        """Fewest and most ranks of a run, the same number twice when it is fixed; None leaves it to the plan."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
+
+    @property
     def elastic(self) -> tuple[int, int] | None:
         """Fewest and most ranks of an elastic run; None when the number is fixed."""
         return self.workers if isinstance(self.workers, tuple) else None

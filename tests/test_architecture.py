@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("launcher", "strategies", "kernels", "training", "slurm", "cluster_configs")
+PACKAGES = ("launcher", "strategies", "kernels", "training", "slurm", "ray_cluster", "cluster_configs")
 SKIP = {"build", "dist", "runs"}
 HEAVY = (
     "torch",
@@ -133,9 +133,10 @@ ALLOWED = {
     "kernels": {"kernels"},
     "strategies": {"strategies", "kernels"},
     "training": {"training", "strategies", "kernels", "launcher"},
-    "slurm": {"slurm", "launcher"},
+    "slurm": {"slurm", "launcher", "ray_cluster"},  # nodes of a Ray cluster that are Slurm jobs
+    "ray_cluster": {"ray_cluster", "launcher", "slurm"},
     "cluster_configs": set(),
-    "launcher": {"launcher", "strategies", "training", "slurm"},
+    "launcher": {"launcher", "strategies", "training", "slurm", "ray_cluster"},
 }
 # Plain data and errors, which every part shares.
 SHARED = {
