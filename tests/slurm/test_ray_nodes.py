@@ -91,7 +91,7 @@ def test_nodes_come_are_replaced_and_go(
     }  # fmt: skip
     path = str(tmp_path / f"{ray_on_slurm.name}.yaml")
     run = RunFolder(api.submit(tiny_config(changes, output=str(tmp_path / "run")), cluster=path).folder)
-    wait_for(lambda: record.read(run)["step"] >= 5, 180, lambda: f"step 5; {record.read(run)}")
+    wait_for(lambda: record.read(run)["step"] >= 12, 180, lambda: f"step 12; {record.read(run)}")
     nodes = nodes_of(folder)
     assert len(nodes) == 2
     lost = next(iter(nodes))
