@@ -16,7 +16,7 @@ from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.ray_cluster import clusters
 from trebuchet.ray_cluster.state import cluster_folder
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]  # 100 s on an idle machine of two cores
 Config = Callable[..., dict[str, Any]]
 # Many small micro-batches: a step takes long enough for nodes to come and go, and hardly any memory.
 LONG = {
@@ -48,7 +48,7 @@ def wait_for_world(folder: RunFolder, world: int, steps: int = 2) -> None:
         last = found["attempts"][-1] if found["attempts"] else {}
         return last.get("world") == world and found["step"] >= last["first_step"] + steps
 
-    wait_for(there, 180, lambda: f"{world} ranks; {json.dumps(record.read(folder), indent=1)}")
+    wait_for(there, 400, lambda: f"{world} ranks; {json.dumps(record.read(folder), indent=1)}")
 
 
 def rank_process(folder: RunFolder, rank: int) -> psutil.Process:
