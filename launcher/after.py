@@ -28,6 +28,11 @@ def add_verbs(verb: Any) -> None:
     merge.add_argument(
         "--allow-pickle", action="store_true", help="read an adapter_model.bin, with the weights-only loader"
     )
+    report = verb("report", _report, "one HTML file of a run, or of several side by side")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run, or a folder of runs")
+    report.add_argument(
+        "--output", metavar="FILE", help="default: report.html in the run, or in the folder of the first"
+    )
 
 
 def quiet() -> None:
@@ -80,3 +85,13 @@ def merged_text(found: dict[str, Any]) -> str:
             f"  {len(found['unread'])} tensors of the base's files belong to no module and were left out: {found['unread'][0]} …"
         )
     return "\n".join([*lines, f"model   {found['folder']}"])
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import collect, page
+
+    runs = collect.find(options.runs)
+    first = runs[0].folder
+    default = first.report if len(runs) == 1 else first.root.parent / "report.html"
+    print(f"report  {page.write(runs, Path(options.output).expanduser().absolute() if options.output else default)}")
+    return 0

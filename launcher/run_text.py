@@ -111,6 +111,14 @@ def comparison(figures: dict[str, Any]) -> list[str]:
     else:
         others = [f", {name} {form.format(after[name])}" for name, form in FIGURES.items() if name in after]
         lines.append(f"held-out loss {after['loss']:.3f}{''.join(others)}")
+    lines += ["", *(f"  {sentence}" for sentence in figures.get("verdicts", []))]
+    if figures.get("forgetting") and figures["forgetting"]["kl_nats"] is not None:
+        kl = figures["forgetting"]
+        lines.append(
+            f"  away from the base on general prompts: {kl['kl_nats']:.3f} nats a token ({kl['prompts']} prompts)"
+        )
+    if figures.get("verdict"):
+        lines.append(f"verdict: {figures['verdict']}")
     return [*lines, ""]
 
 

@@ -58,6 +58,7 @@ class Saver:
         *,
         keep: int,
         keep_best: bool = False,
+        also: int | None = None,
         background: bool = False,
     ) -> None:
         """Writes `checkpoints/step-N` and removes what is not kept. `write(folder, background)` adds what the layout saves."""
@@ -84,7 +85,7 @@ class Saver:
                     shutil.rmtree(final)
                 os.replace(beside, final)
                 _sync(final.parent)
-                prune(self.folder, keep, keep_best)
+                prune(self.folder, keep, keep_best, also)
                 self.seconds = time.perf_counter() - began
 
         if background:
@@ -160,12 +161,13 @@ def check(path: Path) -> str | None:
     return None
 
 
-def prune(folder: RunFolder, keep: int, keep_best: bool = False) -> None:
-    """Removes all but the newest `keep` and, if wanted, the one with the lowest held-out loss; and what an interrupted save left."""
+def prune(folder: RunFolder, keep: int, keep_best: bool = False, also: int | None = None) -> None:
+    """Removes all but the newest `keep`, that of step `also` and, if wanted, the one with the lowest held-out loss; and what an
+    interrupted save left."""
     kept = all_of(folder)[-keep:]
     best = min(filter(None, map(_held_out, all_of(folder))), default=None) if keep_best else None
     for path in all_of(folder):
-        if path not in kept and (best is None or path != best[1]):
+        if path not in kept and (best is None or path != best[1]) and step_of(path) != also:
             shutil.rmtree(path)
     for path in folder.checkpoints.glob(".step-*.writing"):
         shutil.rmtree(path, ignore_errors=True)

@@ -88,7 +88,9 @@ def in_words(found: Mapping[str, Any]) -> str:
     if "perplexity" in found:
         out.append(f"perplexity {found['perplexity']:.2f}")
     if "accuracy" in found:
-        out += [f"accuracy {found['accuracy']:.1%}", f"margin {found['margin']:.3f}"]
+        out.append(f"accuracy {found['accuracy']:.1%}")
+    if "margin" in found:
+        out.append(f"margin {found['margin']:.3f}")
     return ", ".join(out)
 
 

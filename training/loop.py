@@ -17,7 +17,8 @@ from ..launcher.errors import RunError
 from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
 from .data import Order, Units, share
-from .evaluate import HeldOut, held_out_loss, in_words
+from .evaluate import HeldOut, in_words
+from .judge import Best, Judge, brief
 from .probe import heaviest, probe
 from .progress import Progress
 from .runtime import Runtime
@@ -38,16 +39,19 @@ class Loop:
     packing: bool
     order: Order
     held_out: HeldOut | None
+    judge: Judge | None  # where there are held-out rows
     micro_batch: int
     pad_id: int
     evaluation: Evaluation
     checkpointing: Checkpointing
     identity: dict[str, Any]  # what a checkpoint must match to be resumed from: data fingerprint, batch, seed
+    before: dict[str, Any] | None = field(default=None, init=False)  # the base's figures, for comparing while it trains
     step_s: float = field(default=0.0, init=False)  # the longest step of this attempt
     measured: tuple[int, float] = field(default=(0, 0.0), init=False)  # step and loss of the last evaluation
 
     def __post_init__(self) -> None:
         self.saver = checkpoint.Saver(self.runtime.folder, self.runtime.rank, self.runtime.barrier)
+        self.best = Best(self.evaluation)
 
     def resume(self) -> int:
         """Fills everything from the newest valid checkpoint; returns the number of steps that are done."""
@@ -73,6 +77,7 @@ class Loop:
             group["lr"] = rate
         if self.stepper.scaler:
             self.stepper.scaler.load_state_dict(state["scaler"])
+        self.best = Best(self.evaluation, state.get("best"))
         return int(state["step"])
 
     def run(self, first: int, until: int | None = None) -> bool:
@@ -100,14 +105,19 @@ class Loop:
                     if done == until:
                         return False
                     continue
-                if done in evaluate_at and self.held_out is not None:
-                    self.evaluate(done, progress)
+                improved = False
+                if done in evaluate_at and self.judge is not None:
+                    improved = self.evaluate(done, progress)
                     watchdog.beat(done)
                 stopping = self.runtime.stopping(self.lead_s())
-                if done in save_at or stopping or done == steps:
+                keep = improved and self.evaluation.best != "last"
+                if done in save_at or stopping or keep or self.best.enough or done == steps:
                     self.save(done, background=self.checkpointing.background and not stopping)
                     saved = done
                     watchdog.beat(done)
+                if self.best.enough:
+                    self.stop_early(done, progress)
+                    break
                 if stopping and done < steps:
                     if self.runtime.main:
                         record.update(self.runtime.folder, attempt={"lead_s": round(self.lead_s(), 1)})
@@ -134,22 +144,48 @@ class Loop:
         units = [self.rows[row] for row in rows]
         return self.stepper.objective.collate(self.units, units, packing=self.packing, pad_id=self.pad_id, width=WIDTH)
 
-    def evaluate(self, done: int, progress: Progress) -> None:
-        assert self.held_out is not None
-        found = held_out_loss(self.stepper, self.held_out, self.pad_id)
+    def evaluate(self, done: int, progress: Progress) -> bool:
+        """Whether the figure that counts is the best so far."""
+        assert self.judge is not None
+        found = brief(self.judge.figures(self.stepper)) or {}
         self.measured = (done, found["loss"])
-        progress.write({"step": done, **{f"eval_{name}": value for name, value in found.items() if name != "tokens"}})
+        if self.best.name == "kl" and self.before:
+            found["kl"] = self.judge.kl_nats(self.stepper, self.before)
+        named = {f"eval_{key}": value for key, value in found.items() if key not in ("tokens", "kl")}
+        progress.write({"step": done, **named, **({"kl_nats": found["kl"]} if "kl" in found else {})})
         progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}")
+        if self.best.name not in found:
+            raise RunError(f"evaluation.best: {self.best.name} is not a figure of this objective: {', '.join(found)}.")
+        return self.best.see(done, found[self.best.name])
+
+    def stop_early(self, done: int, progress: Progress) -> None:
+        best = self.best
+        words = f"{best.since} evaluations without a better {best.name} than {best.value:.4g} of step {best.step}"
+        if self.runtime.main:
+            record.update(self.runtime.folder, stopped_early=f"after step {done} of {self.order.steps}: {words}")
+        progress.say(f"step {done}/{self.order.steps}  training ends here: {words}")
+
+    def take_best(self) -> None:
+        """The weights of the best evaluation, where that was asked for; collective."""
+        if self.evaluation.best == "last" or self.best.step is None:
+            return
+        path = self.runtime.folder.checkpoint(self.best.step)
+        checkpoint.load(path, self.stepper.layout.load, rank=self.runtime.rank)
+        if self.runtime.main:
+            record.update(self.runtime.folder, best=self.best.state())
+        self.say(f"the model is that of step {self.best.step}, with the best {self.best.name} ({self.best.value:.4g})")
 
     def save(self, done: int, *, background: bool = False) -> None:
         state = {"schedule": self.stepper.schedule.state_dict(), "identity": self.identity, "world": self.runtime.world}
+        state["best"] = self.best.state()
         if self.stepper.scaler:
             state["scaler"] = self.stepper.scaler.state_dict()
         if self.measured[0] == done:
             state["held_out_loss"] = self.measured[1]
         kept = self.checkpointing
         write = self.stepper.layout.save
-        self.saver.save(done, write, state, keep=kept.keep, keep_best=kept.keep_best, background=background)
+        also = self.best.step if self.evaluation.best != "last" else None
+        self.saver.save(done, write, state, keep=kept.keep, keep_best=kept.keep_best, also=also, background=background)
         if self.runtime.main and self.saver.seconds:
             record.update(self.runtime.folder, save_s=round(self.saver.seconds, 3))  # sizes the warning of the next job
 

@@ -21,6 +21,7 @@ from .adapter import digests
 from .data import Order, Units
 from .data.prepare import row_tokens
 from .export import export
+from .judge import Judge
 from .loop import Loop
 from .objectives import make as make_objective
 from .optim import make_optimizer, make_schedule
@@ -44,6 +45,8 @@ class Session:
         if self.data.chat_template:  # the model is saved with the template it was trained with
             self.tokenizer.chat_template = self.data.chat_template
 
+    refusal: str | None = None  # of rank 0: why a run that reached its end fails all the same
+
     def run(self, until: int | None = None) -> bool:
         try:
             return self.attempt(until)
@@ -57,10 +60,11 @@ class Session:
         torch.manual_seed(self.config.optimization.seed + self.runtime.rank)
         loop = self.loop(prepared)
         done = loop.resume()
-        before = self.before(loop, done)
+        before = loop.before = self.before(loop, done)
         if not loop.run(done, until):
             return False
-        after = self.measure(loop)
+        loop.take_best()
+        after = self.measure(loop, before)
         if self.runtime.main:
             self.finish(loop, before, after)
         main, layout = self.runtime.main, loop.stepper.layout
@@ -69,6 +73,8 @@ class Session:
             record.update(self.runtime.folder, model_files=digests(path))
         self.say(f"the model is in {path}")
         self.runtime.barrier()
+        if self.refusal:
+            raise JobFailed(self.refusal)
         return True
 
     def prepared(self) -> Prepared:
@@ -118,6 +124,7 @@ class Session:
             packing=config.data.packing,
             order=order,
             held_out=held_out,
+            judge=self.judge(held_out),
             micro_batch=chosen.micro_batch,
             pad_id=self.pad_id,
             evaluation=config.evaluation,
@@ -163,6 +170,12 @@ class Session:
             micro_batch=self.chosen.micro_batch,
             max_rows=self.config.evaluation.max_rows,
         )
+
+    def judge(self, held_out: evaluate.HeldOut | None) -> Judge | None:
+        if held_out is None:
+            return None
+        settings, name = self.config.evaluation, self.config.objective.name
+        return Judge(tokenizer=self.tokenizer, pad_id=self.pad_id, settings=settings, objective=name, held_out=held_out)
 
     @property
     def generations(self) -> int:
@@ -220,11 +233,11 @@ class Session:
         self.runtime.barrier()
         return found
 
-    def measure(self, loop: Loop) -> dict[str, Any] | None:
-        """Held-out loss on all ranks; answers on rank 0, or on all where a forward takes all of them."""
-        if loop.held_out is None:
+    def measure(self, loop: Loop, before: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Held-out figures on all ranks; answers on rank 0, or on all where a forward takes all of them."""
+        if loop.held_out is None or loop.judge is None:
             return None
-        found: dict[str, Any] = evaluate.held_out_loss(loop.stepper, loop.held_out, self.pad_id)
+        found = loop.judge.measure(loop.stepper, before)
         if self.runtime.main or loop.stepper.layout.together:
             prompts = loop.held_out.prompts(self.generations)
             found["answers"] = evaluate.answers(
@@ -242,15 +255,18 @@ class Session:
             for i, sample in enumerate(samples):
                 sample["base"] = before["answers"][i] if before else ""
                 sample["tuned"] = after["answers"][i]
-            figures = {"before": before, "after": after, "samples": samples}
+            assert loop.judge is not None
+            concluded = loop.judge.conclude(before, after, samples)
+            figures = {"before": before, "after": after, "samples": samples, **concluded_parts(concluded)}
             record.write_atomically(self.runtime.folder.evaluation, json.dumps(figures, ensure_ascii=False, indent=1))
-            brief = {
-                when: {k: v for k, v in found.items() if k != "answers"}
-                for when, found in (("before", before), ("after", after))
-                if found
-            }
-            record.update(self.runtime.folder, evaluation=brief)
+            record.update(self.runtime.folder, evaluation=concluded)
+            self.refusal = loop.judge.refusal(concluded)
 
     def say(self, text: str) -> None:
         if self.runtime.main:
             print(text, file=sys.stderr, flush=True)
+
+
+def concluded_parts(concluded: dict[str, Any]) -> dict[str, Any]:
+    """Beside the full figures of before and after: what came of comparing them."""
+    return {key: value for key, value in concluded.items() if key not in ("before", "after")}
