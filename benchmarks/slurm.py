@@ -29,7 +29,7 @@ from typing import Any
 
 from trebuchet.launcher import api, record
 from trebuchet.launcher.run_folder import RunFolder
-from trebuchet.slurm import arrays
+from trebuchet.slurm.fanout import fan_out
 from trebuchet.slurm.site import build_site
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +81,7 @@ def trials(cluster: Any, work: Path) -> dict[str, Any]:
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\n#SBATCH --hold\n#SBATCH --output=/dev/null\ntrue\n")
 
     def ours() -> None:
-        arrays.fan_out(math.sqrt, range(1000), site=site, folder=work / f"array-{time.time_ns()}", name="trials")
+        fan_out(math.sqrt, range(1000), site=site, folder=work / f"array-{time.time_ns()}", name="trials")
 
     def one_array() -> None:
         cluster.ask("sbatch", "--array=0-999%50", str(script))

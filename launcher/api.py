@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import backends, record
+from . import backends, prefetch, record
 from .cluster import Cluster, load_cluster
 from .config import build_config, dump_config, load_config
 from .data_size import data_size
@@ -41,21 +41,24 @@ ConfigLike = str | os.PathLike[str] | Mapping[str, Any] | TrainConfig
 
 def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides: Sequence[str] = ()) -> Plan:
     """Decides how to train; starts and writes nothing. A plan with `feasible=False` is returned, not raised."""
-    checked = _config(config, overrides)
-    if isinstance(cluster, str):
-        checked = checked.model_copy(update={"cluster": checked.cluster.model_copy(update={"name": cluster})})
-        cluster = None
-    where = cluster or load_cluster(checked.cluster.name)
-    size = data_size(checked)
-    model = load_model_spec(checked.model)
+    wanted = checked(config, overrides, cluster if isinstance(cluster, str) else None)
+    where = cluster if isinstance(cluster, Cluster) else load_cluster(wanted.cluster.name)
+    size, model = data_size(wanted), load_model_spec(wanted.model)
 
     def decide(hardware: Cluster) -> Plan:
-        return with_way_out(make_plan(checked, model, hardware, examples=size.examples, tokens=size.tokens))
+        return with_way_out(make_plan(wanted, model, hardware, examples=size.examples, tokens=size.tokens))
 
     if where.scheduler == "ray":  # how many ranks is a setting of the cluster there, and may be two numbers
-        decided: Plan = backends.backend("ray").shaped(where, checked.cluster.processes, decide)
+        decided: Plan = backends.backend("ray").shaped(where, wanted.cluster.processes, decide)
         return decided
     return decide(where)
+
+
+def checked(config: ConfigLike, overrides: Sequence[str], cluster: str | None) -> TrainConfig:
+    """The configuration, checked, with the cluster that the command line names."""
+    found = _config(config, overrides)
+    named = {} if cluster is None else {"cluster": found.cluster.model_copy(update={"name": cluster})}
+    return found.model_copy(update=named)
 
 
 def run(config: ConfigLike, *, overrides: Sequence[str] = ()) -> JobHandle:
@@ -108,9 +111,13 @@ def begin(
 
     `here`: the run is to be started on this machine, so a plan for another one's scheduler is refused.
     """
-    checked = _config(config, overrides)
-    folder = new_run(checked.output)
-    decided = plan(checked, cluster=cluster)
+    wanted = checked(config, overrides, cluster)
+    if wanted.sweep is not None:
+        raise UserError(
+            "this file describes a sweep: start it with `trebuchet sweep`, or one run of it with --set sweep=null."
+        )
+    folder = new_run(wanted.output)
+    decided = plan(wanted)
     if not decided.feasible:
         raise NothingFits(nothing_fits(decided), decided)
     if here and decided.cluster.scheduler != "local":
@@ -129,9 +136,11 @@ def begin(
 def preflight(decided: Plan) -> Prepared | None:
     """Weights found, tokenizer opened, data read, rendered, tokenized, masked and checked; the workers find it cached.
 
-    None on a login node without torch: the job does it in its first minute, before the ranks start.
+    None on a login node without torch: the job does it in its first minute, before the ranks start. What needs a network is fetched
+    all the same, because compute nodes have none.
     """
     if decided.cluster.scheduler != "local" and not can_read_data():
+        prefetch.fetch(decided)
         return None
     refuse_missing_trackers(decided.config)
     from ..training import load
@@ -150,17 +159,7 @@ def write(folder: RunFolder, decided: Plan, data: Prepared | None) -> None:
     """Beside, then renamed: a run folder exists whole or not at all."""
     beside = RunFolder(folder.root.with_name(f".{folder.root.name}.{os.getpid()}"))
     try:
-        beside.root.mkdir(parents=True)
-        beside.config.write_text(dump_config(decided.config), encoding="utf-8")
-        beside.plan.write_text(decided.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        record.create(
-            beside,
-            run=folder.root.name,
-            command=record.command_line(),
-            seed=decided.config.optimization.seed,
-            model={"name": decided.model.name, "revision": decided.model.revision, "params": decided.model.params},
-            data=data.report.to_dict() if data else None,
-        )
+        fill(beside, decided, data, run=folder.root.name)
         if folder.root.exists():
             folder.root.rmdir()  # it was empty when new_run looked; not empty any more is an error here
         os.rename(beside.root, folder.root)
@@ -168,6 +167,21 @@ def write(folder: RunFolder, decided: Plan, data: Prepared | None) -> None:
         raise RunError(f"the run folder {folder.root} could not be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(beside.root, ignore_errors=True)
+
+
+def fill(folder: RunFolder, decided: Plan, data: Prepared | None, **facts: Any) -> None:
+    """train.yaml, plan.json and run.json of a run that has not begun. `facts` go into the record as they are."""
+    folder.root.mkdir(parents=True)
+    folder.config.write_text(dump_config(decided.config), encoding="utf-8")
+    folder.plan.write_text(decided.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    record.create(
+        folder,
+        command=record.command_line(),
+        seed=decided.config.optimization.seed,
+        model={"name": decided.model.name, "revision": decided.model.revision, "params": decided.model.params},
+        data=data.report.to_dict() if data else None,
+        **facts,
+    )
 
 
 def refuse_what_cannot_start(decided: Plan) -> None:

@@ -9,6 +9,12 @@ Each module has these functions:
     reconcile(folders) -> None          brings records to what the scheduler knows; one question for all of them
     examine(cluster) -> dict            what its nodes say of themselves (training/allocation.py), waited for
     cancel(folder) -> str               asks the run to save and stop; the sentence that says what will happen
+
+and for the trials of a sweep (sweep.py) a module with these, found by `trials`:
+
+    preview_trials(sweep, plans, parallel) -> str    what `trebuchet sweep` hands over, byte for byte
+    run_trials(sweep, numbers) -> str                starts those trials, the first time or again; the sentence that says so
+    cancel_trials(sweep, folders) -> str             the same as cancel for all trials that wait or run
 """
 
 from __future__ import annotations
@@ -29,6 +35,16 @@ MODULES = {
     "slurm": f"{ROOT}.slurm.scheduler",
     "ray": f"{ROOT}.ray_cluster.scheduler",
 }
+
+TRIALS = {"local": f"{ROOT}.launcher.local_trials", "slurm": f"{ROOT}.slurm.trials"}
+
+
+def trials(name: str) -> Any:
+    """The module that starts the trials of a sweep. Raises SchedulerRefused for a scheduler that has none."""
+    if name not in TRIALS:
+        raise SchedulerRefused(f"sweeps do not run on the scheduler '{name}'; they run on: {', '.join(TRIALS)}.")
+    module: ModuleType = importlib.import_module(TRIALS[name])
+    return module
 
 
 def backend(name: str) -> Any:

@@ -20,6 +20,9 @@ EPILOG = """A run needs two lines of YAML:
 """
 
 
+_SET: dict[str, Any] = {"action": "append", "default": [], "metavar": "a.b=c", "dest": "overrides"}
+
+
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     from .errors import NothingFits, TrebuchetError
@@ -54,20 +57,14 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     def verb(
-        name: str, function: Any, text: str, *, config: bool = False, json: bool = False, under: Any = verbs
-    ) -> argparse.ArgumentParser:
+        name: str, function: Any, text: str, *, config: bool = False, json: bool = False, under: Any = verbs,
+        cluster: bool = False, dry: str | None = None,
+    ) -> argparse.ArgumentParser:  # fmt: skip
         sub: argparse.ArgumentParser = under.add_parser(name, help=text, description=text, parents=[common])
         sub.set_defaults(verb=function)
         if config:
             sub.add_argument("config", metavar="CONFIG", help="the YAML of the run")
-            sub.add_argument(
-                "--set",
-                action="append",
-                default=[],
-                metavar="a.b=c",
-                dest="overrides",
-                help="change one key; may be repeated",
-            )
+            sub.add_argument("--set", **_SET, help="change one key; may be repeated")
             sub.add_argument(
                 "--skip-bad-rows",
                 action="append_const",
@@ -75,39 +72,36 @@ def parser() -> argparse.ArgumentParser:
                 dest="overrides",
                 help="leave out rows that cannot be read and list them in run.json, instead of refusing",
             )
+        if cluster:
+            sub.add_argument("--cluster", metavar="NAME|FILE", help="a name in cluster_configs/ or a cluster YAML")
+        if dry:
+            sub.add_argument("--dry-run", "--dryrun", action="store_true", help=f"print {dry}; start nothing")
         if json:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    plan = verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True)
-    plan.add_argument("--cluster", metavar="NAME|FILE", help="a name in cluster_configs/ or a cluster YAML")
-    run = verb("run", _run, "train on this machine, through accelerate", config=True)
-    run.add_argument("--dry-run", "--dryrun", action="store_true", help="print the plan and the command; start nothing")
-    submit = verb("submit", _submit, "hand the run to the cluster's scheduler and return", config=True, json=True)
-    submit.add_argument("--cluster", metavar="NAME|FILE", help="a name in cluster_configs/ or a cluster YAML")
-    submit.add_argument("--dry-run", "--dryrun", action="store_true", help="print the plan and what would be submitted")
-    resume = verb("resume", _resume, "go on with a run from its newest checkpoint")
+    verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True, cluster=True)
+    verb("run", _run, "train on this machine, through accelerate", config=True, dry="the plan and the command")
+    text = "hand the run to the cluster's scheduler and return"
+    verb("submit", _submit, text, config=True, json=True, cluster=True, dry="the plan and what would be submitted")
+    text = "start many runs that differ in some keys; `sweep:` of the YAML says which"
+    verb("sweep", _sweep, text, config=True, cluster=True, dry="the trials and what would be submitted")
+    resume = verb("resume", _resume, "go on with a run from its newest checkpoint, or with what is left of a sweep")
     resume.add_argument("run", metavar="RUN")
-    resume.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=c",
-        dest="overrides",
-        help="go on with other ranks or in another layout: cluster.processes, strategy.parallel, …",
-    )
+    text = "go on with other ranks or in another layout: cluster.processes, strategy.parallel, …"
+    resume.add_argument("--set", **_SET, help=text)
     resume.add_argument(
         "--verify",
         action="store_true",
         help="only replay steps from the last checkpoint and compare with the recorded losses",
     )
     resume.add_argument("--steps", type=int, default=5, metavar="N", help="with --verify: how many steps (5)")
-    status = verb("status", _status, "state, step and attempts of a run", json=True)
+    status = verb("status", _status, "state, step and attempts of a run; the table of a sweep", json=True)
     status.add_argument("run", metavar="RUN")
     logs = verb("logs", _logs, "what the ranks of a run wrote, rank by rank; -f follows until it ends")
     logs.add_argument("run", metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true")
-    cancel = verb("cancel", _cancel, "ask a run to save a checkpoint and stop")
+    cancel = verb("cancel", _cancel, "ask a run, or all trials of a sweep, to save a checkpoint and stop")
     cancel.add_argument("run", metavar="RUN")
     listing = verb("list", _list, "the runs of a folder", json=True)
     listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
@@ -180,9 +174,17 @@ def _submit(options: argparse.Namespace) -> int:
     return 0
 
 
-def _resume(options: argparse.Namespace) -> int:
-    from . import api, backends, local
+def _sweep(options: argparse.Namespace) -> int:
+    from . import sweep_verbs
 
+    return sweep_verbs.start(options)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from . import api, backends, local, sweep_verbs
+
+    if several := sweep_verbs.open_sweep(options.run):
+        return sweep_verbs.resume(several, one_run_only=bool(options.verify or options.overrides))
     if options.verify:
         verdict = api.verify(options.run, steps=options.steps)
         print(verdict.text())
@@ -206,10 +208,12 @@ def _closing(folder: Any, code: int) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from . import api, record
+    from . import api, record, sweep_verbs
     from .run_folder import open_run
     from .run_text import status
 
+    if several := sweep_verbs.open_sweep(options.run):
+        return sweep_verbs.status(several, json=options.json)
     folder = open_run(options.run)
     api.current_state(folder)
     found = record.read(folder)
@@ -231,9 +235,10 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _cancel(options: argparse.Namespace) -> int:
-    from . import api
+    from . import api, sweep_verbs
 
-    print(f"{options.run} {api.cancel(options.run)}")
+    several = sweep_verbs.open_sweep(options.run)
+    print(f"{options.run} {sweep_verbs.cancel(several) if several else api.cancel(options.run)}")
     return 0
 
 

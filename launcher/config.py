@@ -7,7 +7,7 @@ where they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,14 @@ def build_config(
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(list(_problems(error, lines or {})), source) from None
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any], *, source: str) -> TrainConfig:
+    """The configuration with values at dotted paths, checked like a file. Raises ConfigError that names `source`."""
+    tree = config.model_dump(mode="json")
+    for path, value in values.items():
+        tree = _put(tree, path, value, f"{source}: {path}")
+    return build_config(tree, source=source)
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -152,15 +160,20 @@ def _apply(tree: Tree, override: str) -> Tree:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:
         value = raw
-    *parents, leaf = path.strip().split(".")
+    return _put(tree, path.strip(), value, f"--set {path}")
+
+
+def _put(tree: Tree, path: str, value: Any, said: str) -> Tree:
+    """Changes `tree`; `said` is how the user named the key."""
+    *parents, leaf = path.split(".")
     here: Any = tree
     for name in parents:
         here = here.setdefault(name, {}) if isinstance(here, dict) else here[int(name)] if _index(here, name) else None
         if not isinstance(here, (dict, list)):
-            raise ConfigError([f"--set {path}: '{name}' is a value, not a section"])
+            raise ConfigError([f"{said}: '{name}' is a value, not a section"])
     if isinstance(here, list):
         if not _index(here, leaf):
-            raise ConfigError([f"--set {path}: the list has {len(here)} entries, counted from 0"])
+            raise ConfigError([f"{said}: the list has {len(here)} entries, counted from 0"])
         here[int(leaf)] = value
     else:
         here[leaf] = value

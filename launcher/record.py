@@ -9,7 +9,6 @@ Left out: secrets (nothing of the environment is recorded but versions), and the
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import RunError
-from .job import JobState
+from .job_state import JobState
 from .run_folder import RunFolder
 
 PACKAGES = (
@@ -85,8 +84,8 @@ def create(folder: RunFolder, **facts: Any) -> None:
         "step": 0,
         "steps": None,
         "attempts": [],
-        "versions": versions(),
-        "git": git_state(),
+        "versions": facts.pop("versions", None) or versions(),
+        "git": facts.pop("git") if "git" in facts else git_state(),
         "host": {"name": platform.node(), "system": platform.platform()},
         **facts,
     }
@@ -110,10 +109,14 @@ def begin_attempt(folder: RunFolder, handle: str, *, ranks: int) -> None:
         write_atomically(folder.record, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
-def end_attempt(folder: RunFolder, state: JobState, exit_code: int, error: str | None) -> dict[str, Any]:
-    """Closes the last attempt and gives the run its state."""
-    last = read(folder)["step"]
-    ended = {"state": state.value, "reason": error, "last_step": last, "ended": now()}
+def end_attempt(
+    folder: RunFolder, state: JobState, exit_code: int, error: str | None, *, goes_on: bool = False
+) -> dict[str, Any]:
+    """Closes the last attempt and gives the run its state; `goes_on`: it waits for another attempt. One write: whoever follows the
+    run must not read an end that is none."""
+    ended = {"state": state.value, "reason": error, "last_step": read(folder)["step"], "ended": now()}
+    if goes_on:
+        return update(folder, state=JobState.PENDING.value, exit_code=None, error=None, attempt=ended)
     return update(folder, state=state.value, exit_code=exit_code, error=error, attempt=ended)
 
 
@@ -122,6 +125,8 @@ def now() -> str:
 
 
 def versions() -> dict[str, str]:
+    import importlib.metadata
+
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from .errors import RunError
 
 GIB = 2**30
+SCHEDULER_LOG = "logs/slurm.log"  # relative: a job script works inside of its run folder
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class RunFolder:
         return self.root / "logs"
 
     @property
+    def scheduler_log(self) -> Path:
+        """What the job script, srun and Slurm itself say."""
+        return self.root / SCHEDULER_LOG
+
+    @property
     def reserve(self) -> Path:
         """A little space, given up when an attempt fails, so that a full disk does not swallow the reason."""
         return self.root / ".reserve"
@@ -125,6 +131,8 @@ def open_run(path: str) -> RunFolder:
     for root in (Path(path).expanduser(), Path("runs") / path):
         if (root / "run.json").exists():
             return RunFolder(root.absolute())
+        if (root / "sweep.json").exists():
+            raise RunError(f"{path} is a sweep; name one of its trials, such as {root / 'trials' / '000'}.")
     raise RunError(f"{path} is not a run: there is no run.json in it. `trebuchet list` shows the runs below runs/.")
 
 

@@ -10,16 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from .schema_base import Section
+from .schema_base import Section, yaml_bool
 from .schema_curate import CurateOrNot
 from .schema_evaluation import Checkpointing, Evaluation
+from .schema_sweep import Sweep
 
 Auto = Literal["auto"]
-
-
-def _yaml_bool(value: Any) -> Any:
-    """YAML 1.1 reads a bare `on` or `off` as a boolean; give the word back."""
-    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class Model(Section):
@@ -217,7 +213,7 @@ class StrategyChoice(Section):
     checkpointing: Literal["auto", "none", "selective", "full"] = Field("auto", description="activation checkpointing")
     lora: Lora = Lora()
     quant: Quant = Quant()
-    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(_yaml_bool)] = Field(
+    kernels: Annotated[Literal["auto", "on", "off"], BeforeValidator(yaml_bool)] = Field(
         "auto", description="the Triton layer; auto: on, and on a GPU a run without it fails"
     )
 
@@ -270,6 +266,7 @@ class TrainConfig(Section):
     )
     output: str = Field(min_length=1, description="the run folder; default runs/NAME-OF-THE-YAML")
     cluster: ClusterRef = ClusterRef()
+    sweep: Sweep | None = Field(None, description="many runs of this one with some keys varied; see sweeps.md")
 
 
 # A section written as one word or path means this key of it.

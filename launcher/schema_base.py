@@ -18,3 +18,8 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     inside = [section_of(arm) for arm in get_args(annotation)]
     found = [section for section in inside if section]
     return found[0] if len(found) == 1 and len(inside) == 2 and type(None) in get_args(annotation) else None
+
+
+def yaml_bool(value: Any) -> Any:
+    """YAML 1.1 reads a bare `on` or `off` as a boolean; give the word back."""
+    return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

@@ -1,12 +1,13 @@
 """Around the ranks of one attempt, on the job's first node: opens and closes the attempt in the record, says what
 follows.
 
-    python -m trebuchet.slurm.attempt begin RUN                      before the ranks; facts on stdin
-    python -m trebuchet.slurm.attempt end RUN STATUS WARNING_S       after them; prints `requeue`, `avoid NODES` or
-    `exit CODE`
+    python -m trebuchet.slurm.attempt begin RUN                              before the ranks; facts on stdin
+    python -m trebuchet.slurm.attempt end RUN STATUS WARNING_S RESTARTS      after them; prints `requeue`,
+    `avoid NODES` or `exit CODE`
 
-Reads what Slurm knows from stdin, because inside a container there is no scontrol; the script outside calls it. Left
-out: the rules (classify.py).
+Reads what Slurm knows from stdin, because inside a container there is no scontrol; the script outside calls it. Reads
+the plan as plain JSON: pydantic would double the time that the job takes around its ranks. Left out: the rules
+(classify.py).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..launcher import record, retry
+from ..launcher import record
 from ..launcher.errors import TrebuchetError
-from ..launcher.job import JobState
-from ..launcher.plan import Plan
+from ..launcher.job_state import JobState
 from ..launcher.run_folder import RunFolder
-from . import classify, sbatch
-from .scheduler import site_of
+from . import classify
+
+if TYPE_CHECKING:
+    from ..launcher.plan import Plan
 
 RESERVE_BYTES = 256 * 1024
 
@@ -36,10 +38,10 @@ def begin(folder: RunFolder, facts: classify.Facts) -> int:
         close_silent(folder, found["attempts"][-1], facts)
     folder.outcome.unlink(missing_ok=True)
     folder.reserve.write_bytes(os.urandom(RESERVE_BYTES))  # of bytes that a file system cannot compress away
-    plan = read_plan(folder)
-    handle = f"slurm://{plan.cluster.name}/{os.environ.get('SLURM_JOB_ID', facts.job)}"
+    plan = json.loads(folder.plan.read_text(encoding="utf-8"))
+    handle = f"slurm://{plan['cluster']['name']}/{job_id(facts)}"
     record.begin_attempt(folder, handle, ranks=0)
-    log = folder.root / sbatch.LOG
+    log = folder.scheduler_log
     record.update(
         folder,
         submitted=handle,
@@ -54,14 +56,21 @@ def begin(folder: RunFolder, facts: classify.Facts) -> int:
         record.end_attempt(folder, JobState.CANCELLED, 130, None)
         return 130
     if found["data"] is None:
-        return prepare_data(folder, plan)
+        return prepare_data(folder)
     return 0
 
 
-def prepare_data(folder: RunFolder, plan: Plan) -> int:
+def job_id(facts: classify.Facts) -> str:
+    """As users name it: a task of an array by its array and its index."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", facts.job)
+
+
+def prepare_data(folder: RunFolder) -> int:
     """What submit does where torch is installed, by one process before the ranks start: they find it cached."""
     from ..launcher import api
 
+    plan = read_plan(folder)
     try:
         prepared = api.preflight(
             plan.model_copy(update={"cluster": plan.cluster.model_copy(update={"scheduler": "local"})})
@@ -83,18 +92,21 @@ def close_silent(folder: RunFolder, attempt: dict[str, Any], facts: classify.Fac
     else:
         state, kind, reason = JobState.PREEMPTED, "preempted", "Slurm requeued the job without letting it finish"
     record.update(folder, attempt={"kind": kind})
-    record.end_attempt(folder, state, 1, reason)
+    record.end_attempt(folder, state, 1, reason, goes_on=True)
 
 
-def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -> str:
-    """Closes the attempt and returns the script's order."""
-    found, plan = record.read(folder), read_plan(folder)
+def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int, restarts: int | None) -> str:
+    """Closes the attempt and returns the script's order. `restarts`: after failures; None where jobs may not requeue."""
+    found = record.read(folder)
     attempt, history = found["attempts"][-1], found["attempts"][:-1]
-    assert plan.chosen is not None
     folder.reserve.unlink(missing_ok=True)
     outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
     kept = newest_step(folder) > attempt["first_step"]
-    after_oom = retry.lighter(plan)
+    may_want_less = status != 0 and (outcome is None or outcome["exit_code"] == 1)
+    following: Plan | None = None
+    lighter, on_cpu = None, False
+    if may_want_less:
+        following, lighter, on_cpu = after_memory(read_plan(folder))
     verdict = classify.classify(
         outcome,
         status,
@@ -103,27 +115,39 @@ def end(folder: RunFolder, facts: classify.Facts, status: int, warning_s: int) -
         history,
         asked_to_stop=folder.stop.exists(),
         warning_s=max(warning_s, math.ceil(attempt.get("lead_s", 0))),
-        restarts=site_of(plan).restarts,
-        lighter=retry.words(plan.chosen, after_oom.chosen) if after_oom and after_oom.chosen else None,
+        restarts=restarts or 0,
+        lighter=lighter,
+        on_cpu=on_cpu,
         kept=kept,
     )
-    requeued = verdict.action in ("requeue", "avoid") and site_of(plan).requeue
+    requeued = verdict.action in ("requeue", "avoid") and restarts is not None
     if verdict.action == "leave":  # cancelled, or requeued by Slurm: the next attempt or `status` will know which
         return "exit 0"
     record.update(folder, attempt={"kind": verdict.kind, "kept": kept})
     reason = evidence(folder, verdict, outcome)
     code = 130 if verdict.kind == "user" else 1 if verdict.action != "exit" else verdict.exit_code
-    record.end_attempt(folder, verdict.state, code, reason)
+    record.end_attempt(folder, verdict.state, code, reason, goes_on=requeued)
     if verdict.kind == "user":
         folder.stop.unlink(missing_ok=True)
+    if following and verdict.state == JobState.OUT_OF_MEMORY and verdict.action == "requeue":
+        # For `resume` too, where jobs may not requeue themselves.
+        record.write_atomically(folder.plan, following.model_dump_json(indent=1) + "\n")
     if not requeued:
         return f"exit {code}"
-    if verdict.kind == "oom" and after_oom is not None:
-        record.write_atomically(folder.plan, after_oom.model_dump_json(indent=1) + "\n")
-    record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
     if verdict.action == "avoid":
         return f"avoid {','.join(name for name in (facts.excluded, verdict.node) if name)}"
     return "requeue"
+
+
+def after_memory(plan: Plan) -> tuple[Plan | None, str | None, bool]:
+    """The plan that follows an out of memory, what it changes, and whether the model is in host memory; no plan when
+    nothing lighter is left."""
+    from ..launcher import retry
+
+    following = retry.lighter(plan)
+    assert plan.chosen is not None
+    words = retry.words(plan.chosen, following.chosen) if following and following.chosen else None
+    return following, words, plan.chosen.device == "cpu"
 
 
 def evidence(folder: RunFolder, verdict: classify.Verdict, outcome: dict[str, Any] | None) -> str | None:
@@ -134,7 +158,7 @@ def evidence(folder: RunFolder, verdict: classify.Verdict, outcome: dict[str, An
     rank = int(first["task"]) if first else outcome["rank"] if outcome else 0
     log = folder.log(rank)
     if not log.exists():
-        log = folder.root / sbatch.LOG
+        log = folder.scheduler_log
     if not log.exists():
         return verdict.reason
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][-3:]
@@ -143,7 +167,7 @@ def evidence(folder: RunFolder, verdict: classify.Verdict, outcome: dict[str, An
 
 def said(folder: RunFolder, start: int) -> str:
     """The job's own log since `start`, at most its last 64 KiB."""
-    log = folder.root / sbatch.LOG
+    log = folder.scheduler_log
     if not log.exists():
         return ""
     with log.open("rb") as file:
@@ -158,6 +182,8 @@ def newest_step(folder: RunFolder) -> int:
 
 
 def read_plan(folder: RunFolder) -> Plan:
+    from ..launcher.plan import Plan
+
     return Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
 
 
@@ -166,7 +192,8 @@ def main(arguments: list[str]) -> int:
     facts = classify.read_facts(sys.stdin.read())
     if arguments[0] == "begin":
         return begin(folder, facts)
-    print(end(folder, facts, int(arguments[2]), int(arguments[3])))
+    status, warning_s, restarts = arguments[2:]
+    print(end(folder, facts, int(status), int(warning_s), None if restarts == "none" else int(restarts)))
     return 0
 
 

@@ -3,7 +3,7 @@
     finished                     done
     asked to stop by the user    cancelled, kept as it is
     preempted, time limit        requeue, as often as it happens
-    out of GPU memory            requeue with the next lighter plan (launcher/retry.py), the global batch unchanged
+    out of memory                requeue with the next lighter plan (launcher/retry.py), the global batch unchanged
     node, network, killed rank   requeue on other nodes where there are others, `restarts` times
     hang                         requeue once
     anything else                stop: it would fail again
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from ..launcher.job import JobState
+from ..launcher.job_state import JobState
 
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
 SIGNAL_SLACK_S = 90  # Slurm may send the warning up to 60 s early (man sbatch), and looks at limits every 30 s
@@ -29,7 +29,8 @@ Kind = Literal[
     "finished", "user", "preempted", "time-limit", "oom", "host-oom", "node", "hang", "input", "program", "slurm"
 ]  # fmt: skip
 OOM = re.compile(r"out of memory", re.I)
-HOST_OOM = re.compile(r"oom[-_]kill|Out Of Memory", re.I)
+# The kernel by a cgroup, `Detected 1 oom_kill event in StepId=…`; Slurm itself, `StepId=7.0 exceeded memory limit (N > M)`.
+HOST_OOM = re.compile(r"oom[-_]kill|Out Of Memory|exceeded (job |step )?memory limit", re.I)
 HANG = re.compile(
     r"^hang:|watchdog caught collective operation timeout|timed out waiting|wait timeout|collective.* timed out", re.I
 )
@@ -87,11 +88,12 @@ def read_facts(text: str) -> Facts:
 
 def classify(
     outcome: dict[str, Any] | None, status: int, said: str, facts: Facts, history: Sequence[dict[str, Any]],
-    *, asked_to_stop: bool, warning_s: int, restarts: int, lighter: str | None, kept: bool,
+    *, asked_to_stop: bool, warning_s: int, restarts: int, lighter: str | None, on_cpu: bool, kept: bool,
 ) -> Verdict:  # fmt: skip
     """`outcome`: the ranks' outcome.json; `status`: srun's exit code; `said`: the log of this attempt; `history`: the
-    attempts before this one; `lighter`: what a next attempt would change after running out of memory, None when nothing
-    is left; `kept`: whether this attempt moved the newest checkpoint."""
+    attempts before this one; `lighter`: what a next attempt would change after running out of memory, None when
+    nothing is left;
+    `on_cpu`: the model is in host memory; `kept`: whether this attempt moved the newest checkpoint."""
     code, error = (outcome["exit_code"], outcome["error"]) if outcome else (None, None)
     if code == 0 and status == 0:
         return Verdict(kind="finished", state=JobState.SUCCEEDED, action="exit", reason=None)
@@ -114,10 +116,10 @@ def classify(
             kind="user", state=JobState.CANCELLED, action="exit", reason="a signal from outside asked it to stop"
         )
     if HOST_OOM.search(said) and not (error and OOM.search(error)):
-        reason = "a process took more host memory than the job was given; raise slurm.memory, or lower data.max_length"
-        return Verdict(kind="host-oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=reason, exit_code=1)
+        reason = "a process took more host memory than the job was given; raise slurm.memory, or lower data.max_length."
+        return _out_of_memory("host-oom", reason, lighter if on_cpu else None)
     if error and OOM.search(error):
-        return _out_of_memory(error, lighter)
+        return _out_of_memory("oom", error, lighter)
     return _failure(code, error, outcome.get("node") if outcome else None, status, said, facts, history, restarts)
 
 
@@ -129,11 +131,15 @@ def _time_limit(history: Sequence[dict[str, Any]], saved: str, kept: bool) -> Ve
     return Verdict(kind="time-limit", state=JobState.TIMEOUT, action="requeue", reason=f"the time limit came, {saved}")
 
 
-def _out_of_memory(error: str, lighter: str | None) -> Verdict:
+def _out_of_memory(kind: Kind, reason: str, lighter: str | None) -> Verdict:
     if lighter is not None:
-        reason = f"{error} Goes on with {lighter}, and the same global batch."
-        return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="requeue", reason=reason)
-    return Verdict(kind="oom", state=JobState.OUT_OF_MEMORY, action="exit", reason=error, exit_code=1)
+        return Verdict(
+            kind=kind,
+            state=JobState.OUT_OF_MEMORY,
+            action="requeue",
+            reason=f"{reason} Goes on with {lighter}, and the same global batch.",
+        )
+    return Verdict(kind=kind, state=JobState.OUT_OF_MEMORY, action="exit", reason=reason, exit_code=1)
 
 
 def _failure(

@@ -15,6 +15,7 @@ from typing import Any
 
 from ..launcher.errors import JobFailed
 from ..launcher.job import JobSpec
+from ..launcher.run_folder import SCHEDULER_LOG
 from . import sbatch, states
 from .site import build_site
 
@@ -48,7 +49,7 @@ def examine(name: str, settings: dict[str, Any], nodes: int, tasks: int, gpus: i
         raise
     report = folder / "report.json"
     if not report.exists():
-        log = folder / sbatch.LOG
+        log = folder / SCHEDULER_LOG
         said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
         tail = "".join(f"\n  {line}" for line in said[-8:])
         raise JobFailed(f"job {job} ended without a report. The end of {log}:{tail}")

@@ -17,6 +17,7 @@ from ..launcher.errors import ClusterError
 from ..launcher.job import JobSpec, JobState
 from ..ray_cluster.state import HEAD_LOST_S, ClusterFolder, authentication
 from . import sbatch, states
+from .quoting import assign
 from .site import Site, build_site
 
 STOP_S = 60.0
@@ -39,7 +40,7 @@ export TREBUCHET_HEAD_HOST=${host#*=}
 
 def render_head(folder: ClusterFolder, site: Site, python: str) -> str:
     """The script of the head's job. Pure."""
-    state = sbatch._assign("state", str(folder.root)) + "\n"
+    state = assign("state", str(folder.root)) + "\n"
     spec = _spec(folder, NodeGroup(nodes=1, cores=2, host_memory_gib=4), {})
     return _script(spec, site, python, HOST + state + '"$python" -m trebuchet.ray_cluster.head "$state" &\n')
 

@@ -10,17 +10,14 @@ Left out: submission (scheduler.py), and any secret. Tokens travel as names of f
 
 from __future__ import annotations
 
-import re
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
 from ..launcher.job import JobSpec
+from ..launcher.run_folder import SCHEDULER_LOG
+from .quoting import LITERAL, assign, one_line, path, raw, word
 from .site import Container, Site
-
-LOG = "logs/slurm.log"  # in the run folder: what the script, srun and Slurm itself say
-PLAIN = re.compile(r"[\w@%+=:,./\[\]-]+")
-# A path that stands in an #SBATCH line literally: no line break, none of its quotes and escapes, no %j.
-LITERAL = re.compile(r"[^\x00-\x1f\x7f\\%\"'#]+")
 
 TASK = """\
 # Each task expands this itself: on the batch host SLURM_PROCID is 0, and every rank would be rank 0.
@@ -36,7 +33,7 @@ task='
 
 MEETING = """\
 # The ranks know when their time ends (Slurm says so itself since 23.02) and save before, however long a step takes by then.
-end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' EndTime=[^ ]*')
+end=$(scontrol show job "$job" --oneliner | grep -o ' EndTime=[^ ]*')
 SLURM_JOB_END_TIME=$(date --date="${end#*=}" +%s 2>/dev/null)
 export SLURM_JOB_END_TIME
 
@@ -47,17 +44,17 @@ export MASTER_ADDR=${MASTER_ADDR#*=} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000
 """
 
 DECIDE = """\
-read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s")"
+read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s" "$restarts")"
 case $verdict in
   requeue)  # saved in time, or ended by nobody's fault: go on under the same id
     trap "exit 0" TERM  # which is what a requeued script gets
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    scontrol requeue "$job" && exit 0
     ;;
   avoid)    # the same on other nodes than $word; the SIGTERM of the requeue may end the command that runs when it comes
     again() { "$@" || "$@" || "$@"; }
-    scontrol requeuehold "$SLURM_JOB_ID"
-    again scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$word"
-    again scontrol release "$SLURM_JOB_ID" && exit 0
+    scontrol requeuehold "$job"
+    again scontrol update JobId="$job" ExcNodeList="$word"
+    again scontrol release "$job" && exit 0
     ;;
   exit)
     exit "$word"
@@ -71,17 +68,31 @@ exit 1
 """
 
 
-def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None, recorded: bool = True) -> str:
+@dataclass(frozen=True)
+class Array:
+    """The runs of one array: `RUN_FOLDER/trials/NNN` by the task's number, so many digits at least."""
+
+    indices: str  # as --array takes them: 0-3,7
+    parallel: int
+    digits: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.indices}%{self.parallel}"
+
+
+def render(spec: JobSpec, site: Site, python: str, *, array: Array | None = None, recorded: bool = True) -> str:
     """The whole script. `python` is the interpreter of the submitting side, used when the site names no other.
+
+    `array`: the job is many runs below the folder, and each task goes into its own.
 
     `recorded`: the job is a run with a record and may requeue itself; without, it ends with the exit code of its ranks.
     """
     parts = [
         "#!/bin/bash\n" + _headline(spec),
         "\n".join(f"#SBATCH {line}" for line in directives(spec, site, array=array)) + "\n",
-        _enter(spec),
+        _enter(spec, array),
         _site_lines(site),
-        _environment(spec, site),
+        _environment(spec, site, array),
         MEETING,
         TASK.format(caches=_node_local(site)),
         _programs(site, python, recorded=recorded),
@@ -91,12 +102,12 @@ def render(spec: JobSpec, site: Site, python: str, *, array: str | None = None, 
     return "\n".join(part for part in parts if part)
 
 
-def directives(spec: JobSpec, site: Site, *, array: str | None = None) -> list[str]:
+def directives(spec: JobSpec, site: Site, *, array: Array | None = None) -> list[str]:
     """The #SBATCH options in the order they are written, without the word #SBATCH."""
     gpus = f"{site.gpu_type}:{spec.gpus_per_node}" if site.gpu_type else str(spec.gpus_per_node)
     memory = {"mem": site.memory, "exclusive": True if site.exclusive else None}
     options: dict[str, str | bool | None] = {
-        "job-name": _one_line(spec.name),
+        "job-name": one_line(spec.name),
         "account": site.account,
         "partition": ",".join(site.partition),
         "qos": site.qos,
@@ -111,38 +122,46 @@ def directives(spec: JobSpec, site: Site, *, array: str | None = None) -> list[s
         "cpus-per-task": str(site.cpus_per_task or spec.cpus_per_task or "") or None,
         **memory,
         "time": site.time,
-        "array": array,
-        "output": output(spec.run_folder),
+        "array": str(array) if array else None,
+        "output": output(spec.run_folder, array),
         "open-mode": "append",
         "requeue" if site.requeue else "no-requeue": True,
         "signal": f"USR1@{site.warning_s or spec.warning_s}",
         "export": "NONE",
     }
     written = [
-        f"--{name}" if value is True else f"--{name}={_word(str(value))}" for name, value in options.items() if value
+        f"--{name}" if value is True else f"--{name}={word(str(value))}" for name, value in options.items() if value
     ]
-    return written + [_raw(line) for line in site.extra]
+    return written + [raw(line) for line in site.extra]
 
 
-def output(run_folder: Path) -> str:
+def output(run_folder: Path, array: Array | None = None) -> str:
     """The log's path for #SBATCH. A name that cannot stand there (a line break, %, a backslash) is left to the script, which can
     quote it; Slurm expands % and backslashes in relative paths too, because it puts the folder before them."""
-    path = str(run_folder / LOG)
-    return path if LITERAL.fullmatch(path) else "/dev/null"
+    if not LITERAL.fullmatch(str(run_folder)):
+        return "/dev/null"
+    inside = f"trials/%{array.digits}a/" if array else ""
+    return f"{run_folder}/{inside}{SCHEDULER_LOG}"
 
 
 def _headline(spec: JobSpec) -> str:
     ranks = spec.nodes * spec.tasks_per_node
     kind = "one per GPU" if spec.gpus_per_node else "on the CPU"
     size = f"{ranks} rank{'s' if ranks > 1 else ''} {kind} on {spec.nodes} node{'s' if spec.nodes > 1 else ''}"
-    by_hand = _one_line(quote(str(spec.run_folder / "job.sh")))
-    return f"# {_one_line(spec.name)}: {size}.\n# Written by trebuchet. By hand: sbatch {by_hand}\n"
+    by_hand = one_line(quote(str(spec.run_folder / "job.sh")))
+    return f"# {one_line(spec.name)}: {size}.\n# Written by trebuchet. By hand: sbatch {by_hand}\n"
 
 
-def _enter(spec: JobSpec) -> str:
-    lines = [_assign("run", str(spec.run_folder)), 'cd "$run" || exit 1']
+def _enter(spec: JobSpec, array: Array | None) -> str:
+    lines = [assign("run", str(spec.run_folder)), "job=$SLURM_JOB_ID"]
+    if array:
+        lines[1:] = [
+            f'run=$run/trials/$(printf %0{array.digits}d "$SLURM_ARRAY_TASK_ID")',
+            "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID  # this task; one of the tasks has the id of the whole array",
+        ]
+    lines.append('cd "$run" || exit 1')
     if output(spec.run_folder) == "/dev/null":
-        lines.append(f"exec >>{LOG} 2>&1  # the folder's name cannot stand in an #SBATCH line")
+        lines.append(f"exec >>{SCHEDULER_LOG} 2>&1  # the folder's name cannot stand in an #SBATCH line")
     return "\n".join([*lines, ""])
 
 
@@ -156,15 +175,15 @@ def _site_lines(site: Site) -> str:
             *(f"module load {quote(m)}" for m in site.modules),
         ]
     if site.venv:
-        lines += ["# shellcheck disable=SC1090,SC1091", f"source {_path(site.venv + '/bin/activate')}"]
+        lines += ["# shellcheck disable=SC1090,SC1091", f"source {path(site.venv + '/bin/activate')}"]
     if site.conda:
-        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {_path(site.conda)}"]
+        lines += ['eval "$(conda shell.bash hook)"', f"conda activate {path(site.conda)}"]
     if not lines:
         return ""
     return "\n".join(["# What the site asks for.", "set -e", *lines, "set +e", ""])
 
 
-def _environment(spec: JobSpec, site: Site) -> str:
+def _environment(spec: JobSpec, site: Site, array: Array | None = None) -> str:
     values = dict(spec.environment)
     if site.cache:
         values["HF_HOME"], values["TREBUCHET_CACHE"] = f"{site.cache}/huggingface", f"{site.cache}/trebuchet"
@@ -175,20 +194,22 @@ def _environment(spec: JobSpec, site: Site) -> str:
         "# srun hands on what is exported here; the shell that submitted has no part in it (--export=NONE).",
         "export SLURM_EXPORT_ENV=ALL",
     ]
-    lines += [_assign(name, value, export=True) for name, value in sorted(values.items())]
+    lines += [assign(name, value, export=True) for name, value in sorted(values.items())]
+    if array and "WANDB_RUN_ID" in values:
+        lines.append("WANDB_RUN_ID=$WANDB_RUN_ID-$SLURM_ARRAY_TASK_ID")
     if spec.gpus_per_node:
         lines.append('export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$run/logs/nccl-trace-"')
-    lines += [f"{name}=$(<{_path(file)}) || exit 1; export {name}" for name, file in sorted(site.secrets.items())]
+    lines += [f"{name}=$(<{path(file)}) || exit 1; export {name}" for name, file in sorted(site.secrets.items())]
     return "\n".join([*lines, ""])
 
 
 def _programs(site: Site, python: str, *, recorded: bool) -> str:
     """Shell functions: `attempt` keeps the record, `facts` is what Slurm knows of the job and its nodes."""
     own = site.venv or site.conda or site.container
-    lines = [f"python={_path(site.python) if site.python else 'python3' if own else quote(python)}"]
+    lines = [f"python={path(site.python) if site.python else 'python3' if own else quote(python)}"]
     box = site.container
     if box is not None and box.runtime == "apptainer":
-        lines.append(f"box=(apptainer exec --nv {_options(_bind(box))} {_path(box.image)})")
+        lines.append(f"box=(apptainer exec --nv {_options(_bind(box))} {path(box.image)})")
         prefix = '"${box[@]}" '
     elif box is not None:
         image = [
@@ -205,7 +226,7 @@ def _programs(site: Site, python: str, *, recorded: bool) -> str:
         f'attempt() {{ {prefix}"$python" -m trebuchet.slurm.attempt "$@"; }}',
         "facts() {",
         '  date "+Now=%FT%T"',
-        '  scontrol show job "$SLURM_JOB_ID" --oneliner',
+        '  scontrol show job "$job" --oneliner',
         '  scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/^/Allocated=/"',
         '  sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format="Node=%N=%t"',
         "}",
@@ -219,7 +240,7 @@ def _ranks(spec: JobSpec, site: Site, *, recorded: bool) -> str:
     options = ["--kill-on-bad-exit=1", "--label"]
     if cpus:  # srun does not take it over from sbatch since Slurm 22.05
         options.append(f"--cpus-per-task={cpus}")
-    options += [_raw(line, shell=True) for line in site.srun]
+    options += [raw(line, shell=True) for line in site.srun]
     box = site.container
     inside = '"${box[@]}" ' if box is not None and box.runtime == "apptainer" else ""
     if box is not None and box.runtime == "pyxis":
@@ -230,9 +251,10 @@ def _ranks(spec: JobSpec, site: Site, *, recorded: bool) -> str:
     )
     if not recorded:
         return srun
+    limits = f"warning_s={site.warning_s or spec.warning_s} restarts={site.restarts if site.requeue else 'none'}"
     return (
         "trap : TERM USR1  # the script outlives the ranks: it writes the record and requeues\n"
-        f'facts | attempt begin "$run" || exit\n{srun}status=$? warning_s={site.warning_s or spec.warning_s}\n'
+        f'facts | attempt begin "$run" || exit\n{srun}status=$? {limits}\n'
     )
 
 
@@ -249,34 +271,3 @@ def _node_local(site: Site) -> str:
     if site.node_local is None:
         return "${TMPDIR:-/tmp}"
     return quote(site.node_local).replace("'", "'\\''")
-
-
-def _assign(name: str, value: str, *, export: bool = False) -> str:
-    line = f"{'export ' if export else ''}{name}={quote(value)}"
-    return (
-        f"# shellcheck disable=SC2016  # a name with a dollar sign, taken literally\n{line}"
-        if "$" in value or "`" in value
-        else line
-    )
-
-
-def _path(path: str) -> str:
-    """Quoted, with a leading ~ left to the shell of the node."""
-    return f"~/{quote(path[2:])}" if path.startswith("~/") else quote(path)
-
-
-def _word(value: str) -> str:
-    """A value of an #SBATCH line. sbatch splits at blanks, takes quotes off, and drops a backslash before a
-    character."""
-    return value if PLAIN.fullmatch(value) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def _raw(line: str, *, shell: bool = False) -> str:
-    name, equals, value = line.partition("=")
-    return f"{name}{equals}{quote(value) if shell and value else _word(value) if value else ''}"
-
-
-def _one_line(text: str) -> str:
-    """Line breaks and other control characters as blanks: names are for people, and #SBATCH lines end at a line
-    break."""
-    return re.sub(r"[\x00-\x1f\x7f\u0085\u2028\u2029]+", " ", text).strip() or "trebuchet"

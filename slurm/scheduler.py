@@ -106,8 +106,12 @@ def settled(folder: RunFolder, found: dict[str, Any]) -> bool:
 
 
 def close(folder: RunFolder, found: dict[str, object], job: str, state: JobState | None) -> None:
-    log = folder.root / sbatch.LOG
+    log = folder.scheduler_log
     where = f"what it said is in {log}" if log.exists() else "it left no log"
+    if (
+        state is None and folder.stop.exists()
+    ):  # a task of an array that is cancelled as it waits leaves no trace in Slurm
+        state = JobState.CANCELLED
     code: int = 130 if state == JobState.CANCELLED else 1
     if state == JobState.CANCELLED:
         error = None

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from ..launcher.errors import SchedulerRefused
-from ..launcher.job import JobState
+from ..launcher.job_state import JobState
 
 _WAITING = "PENDING CONFIGURING REQUEUED REQUEUE_HOLD REQUEUE_FED RESV_DEL_HOLD SPECIAL_EXIT"
 _RUNNING = "RUNNING COMPLETING STAGE_OUT SIGNALING STOPPED SUSPENDED RESIZING POWER_UP_NODE"
@@ -40,7 +40,9 @@ def states(jobs: Iterable[str]) -> dict[str, JobState]:
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
-    found = _sacct(wanted) if has_accounting() else _squeue(wanted)
+    found = _sacct(wanted) if has_accounting() else {}
+    if len(found) < len(wanted):  # sacct has a job only once it may start: not while it is held (seen with 22.05)
+        found = _squeue(wanted) | found
     missing = [job for job in wanted if job not in found]
     if missing and not has_accounting():
         found |= _jobcomp(missing)
@@ -88,17 +90,48 @@ def has_accounting() -> bool:
 
 def _sacct(jobs: list[str]) -> dict[str, JobState]:
     text = call(
-        "sacct", "--noheader", "--parsable2", "--allocations", "--jobs", ",".join(jobs), "--format=JobIDRaw,State"
-    )
-    return {job: to_state(word) for job, _, word in (line.partition("|") for line in text.splitlines()) if word}
+        "sacct", "--noheader", "--parsable2", "--allocations", "--jobs", ",".join(arrays(jobs)),
+        "--format=JobID,JobIDRaw,State",
+    )  # fmt: skip
+    return _by_id(text, jobs)
 
 
 def _squeue(jobs: list[str]) -> dict[str, JobState]:
     # Named jobs that are gone make squeue fail when they are the only ones; all of the user's are as cheap for the
     # controller.
-    text = call("squeue", "--noheader", "--me", "--states=all", "--format=%A|%T")
-    rows = (line.partition("|") for line in text.splitlines())
-    return {job: to_state(word) for job, _, word in rows if job in jobs}
+    text = call("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%A|%T")
+    return _by_id(text, jobs)
+
+
+def _by_id(text: str, jobs: list[str]) -> dict[str, JobState]:
+    """`ID|RAW ID|STATE` a line. A task of an array has both kinds, ARRAY_INDEX and a number of its own, and one of the tasks has the
+    number of the whole array; jobs are asked for by the first kind."""
+    wanted, found = set(jobs), {}
+    for line in text.splitlines():
+        name, _, rest = line.partition("|")
+        raw, _, word = rest.partition("|")
+        for job in [*tasks(name), *([raw] if "_" not in name else [])]:
+            if job in wanted and word:
+                found[job] = to_state(word)
+    return found
+
+
+def tasks(name: str) -> list[str]:
+    """`12_[1-3,7%2]`, which is how waiting tasks are printed together, as 12_1, 12_2, 12_3 and 12_7; any other id as it is."""
+    array, bracket, rest = name.partition("_[")
+    if not bracket:
+        return [name]
+    out = []
+    for part in rest.rstrip("]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        last, _, step = last.partition(":")
+        out += [f"{array}_{n}" for n in range(int(first), int(last or first) + 1, int(step or 1))]
+    return out
+
+
+def arrays(jobs: Iterable[str]) -> list[str]:
+    """Job ids without the numbers of tasks, each once: a thousand tasks are one word on a command line."""
+    return sorted({job.partition("_")[0] for job in jobs})
 
 
 def _jobcomp(jobs: list[str]) -> dict[str, JobState]:

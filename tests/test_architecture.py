@@ -145,6 +145,7 @@ SHARED = {
     "launcher.schema",
     "launcher.schema_curate",
     "launcher.job",
+    "launcher.job_state",
     "launcher.record",
     "launcher.run_folder",
     "launcher.model_spec",
@@ -152,7 +153,7 @@ SHARED = {
     "launcher.cluster",
 }
 # The places that cross to the heavy side, all inside functions.
-TO_TRAINING = {f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs")}
+TO_TRAINING = {f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch")}
 
 
 def breaking(rule: Callable[[str, str, str], bool]) -> list[str]:
@@ -173,7 +174,7 @@ def test_only_shared_data_of_the_launcher_is_used_below_it() -> None:
 
 def test_slurm_uses_shared_data_and_one_verb() -> None:
     """The job on the node keeps the same record as the launcher, and makes the checks that a bare login node could not."""
-    known = {*SHARED, "launcher.api", "launcher.retry"}
+    known = {*SHARED, "launcher.api", "launcher.retry", "launcher.sweep_space"}
     assert not breaking(
         lambda source, target, module: source == "slurm" and target == "launcher" and module not in known
     )

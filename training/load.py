@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 from ..launcher.errors import ModelError
 from ..launcher.model_spec import ModelSpec
 from ..launcher.schema import Model, TrainConfig
-from .data import Prepared, prepare
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from .data import Prepared
 
 SAMPLES, SAMPLE_BYTES = 256, 4096  # 1 MiB of each file
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]  # no pickles
@@ -84,6 +85,8 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
 def prepared_data(config: TrainConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """The rows of a run, tokenized with the base's tokenizer; from the cache when they have been before."""
+    from .data import prepare  # numpy and more; a bare login node fetches models with this file and has neither
+
     return prepare(
         config.data,
         config.objective,

@@ -61,7 +61,7 @@ zzz: red
             "  line 5: strategy.lora.r: must be greater than or equal to 1, not 0",
             "  line 7: optimization.learning_rate: must be 'auto' or a number, not 'fast'",
             "  line 8: zzz: unknown key; one of: checkpointing, cluster, data, evaluation, model, objective, optimization, "
-            "output, strategy, tracking",
+            "output, strategy, sweep, tracking",
         ]
     )
 

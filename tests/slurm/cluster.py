@@ -1,7 +1,8 @@
 """A real Slurm on this machine for the tests: munge, one controller, several slurmd as nodes, plain files as GPUs.
 
 Everything lives in one folder with ports of its own, so that it runs beside another Slurm; `stop` ends the processes
-that were started here and no others. Left out: slurmdbd. Without it there is no sacct, as on many small clusters.
+that were started here and no others. Left out: slurmdbd (accounting.py). Without it there
+is no sacct, as on many small clusters.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,9 +39,12 @@ SlurmdSpoolDir={root}/spool-%n
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherFrequency=task=1
+JobAcctGatherParams=OverMemoryKill
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerNode=8000
 MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
@@ -80,6 +84,7 @@ class SlurmCluster:
     def start(self) -> None:
         self._configure()
         self._munge()
+        self._before_controller()
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
         for i in range(1, self.nodes + 1):
             self.start_node(f"n{i}")
@@ -88,6 +93,9 @@ class SlurmCluster:
             60,
             "idle nodes",
         )
+
+    def _before_controller(self) -> None:
+        """Where accounting.py starts its daemons."""
 
     def start_node(self, name: str) -> None:
         self._spawn(name, "slurmd", "-D", "-N", name, "-f", str(self.root / "slurm.conf"))
@@ -144,7 +152,7 @@ class SlurmCluster:
         names = [f"n{i}" for i in range(1, self.nodes + 1)]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
-            f"CPUs={self.cpus} RealMemory=16000 Gres=gpu:{self.gpus} State=UNKNOWN"
+            f"CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus} State=UNKNOWN"
             for name, port in zip(names, ports[1:], strict=True)
         )
         (self.root / "slurm.conf").write_text(
@@ -230,19 +238,19 @@ def _is_step_of(process: Path, node: str, root: Path) -> bool:
         return False
 
 
-def install() -> str | None:
+def install(programs: Sequence[str] = PROGRAMS, packages: Sequence[str] = PACKAGES) -> str | None:
     """None when Slurm's programs are here or could be installed; else the one line that says why the tests are
     skipped."""
     if os.geteuid() != 0:
         return "the Slurm tests start munged and slurmctld and need root"
-    if all(shutil.which(p) for p in PROGRAMS):
+    if all(shutil.which(p) for p in programs):
         return None
     if shutil.which("apt-get") is None:
         return "Slurm is not installed and there is no apt-get to install slurm-wlm and munge with"
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (
         ["apt-get", "update", "-qq"],
-        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES],
+        ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages],
     ):
         done = subprocess.run(command, env=quiet, capture_output=True, text=True)
         if done.returncode != 0:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from trebuchet.launcher import api, record
+from trebuchet.launcher.job_state import JobState
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.slurm import attempt, scheduler
@@ -50,7 +53,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(
 ) -> None:
     assert begin(run, monkeypatch) == 0
     leave(run, 1, "out of memory: CUDA out of memory.", SRUN_FAILED, rank=1)
-    assert attempt.end(run, facts(), 1, 60) == "requeue"
+    assert attempt.end(run, facts(), 1, 60, 3) == "requeue"
     chosen = Plan.model_validate_json(run.plan.read_text()).chosen
     assert chosen is not None and chosen.micro_batch == 1 and chosen.accumulation * chosen.ranks == 24
     found = record.read(run)
@@ -60,7 +63,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_global_one(
     for order in ("requeue", "requeue", "exit 1"):  # micro-batch 1 does not fit either, nor with checkpointing
         begin(run, monkeypatch)
         leave(run, 1, "out of memory: CUDA out of memory. Choose qlora.", SRUN_FAILED)
-        assert attempt.end(run, facts(), 1, 60) == order
+        assert attempt.end(run, facts(), 1, 60, 3) == order
         said.append(record.read(run)["attempts"][-1]["reason"])
     assert "checkpointing selective instead of none" in said[0] and "full instead of selective" in said[1]
     found = record.read(run)
@@ -74,7 +77,7 @@ def test_a_failure_shows_the_last_lines_of_the_rank_that_failed_first(
     run.log(0).write_text("the echo\n")
     run.log(1).write_text("loading\nthe cause\n")
     leave(run, 1, "ValueError: shapes differ", SRUN_FAILED + SRUN_FAILED.replace("n2: task 1", "n1: task 0"))
-    assert attempt.end(run, facts(), 1, 60) == "exit 1"
+    assert attempt.end(run, facts(), 1, 60, 3) == "exit 1"
     found = record.read(run)
     assert found["state"] == "FAILED" and "ValueError: shapes differ" in found["error"]
     assert "rank-1.log: loading / the cause" in found["error"] and "echo" not in found["error"]
@@ -84,10 +87,10 @@ def test_an_older_attempt_does_not_speak_for_a_newer(run: RunFolder, monkeypatch
     """The log is appended to and outcome.json stays behind: neither may be read as the next attempt's."""
     begin(run, monkeypatch)
     leave(run, 1, "out of memory: CUDA", "slurmstepd: error: Detected 1 oom_kill event\n" + SRUN_FAILED)
-    attempt.end(run, facts(), 1, 60)
+    attempt.end(run, facts(), 1, 60, 3)
     begin(run, monkeypatch)
     assert not run.outcome.exists()
-    assert attempt.end(run, facts(), 127, 60) == "exit 127"
+    assert attempt.end(run, facts(), 127, 60, 3) == "exit 127"
     assert "srun ended with 127" in record.read(run)["error"]
 
 
@@ -96,7 +99,7 @@ def test_avoided_nodes_add_up(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -
     leave(run, 1, "NCCL error", "srun: error: n2: task 3: Killed\n")
     run.log(3).write_text("last words\n")
     many = facts(excluded="n9")
-    assert attempt.end(run, many, 137, 60) == "avoid n9,n2"
+    assert attempt.end(run, many, 137, 60, 3) == "avoid n9,n2"
     last = record.read(run)["attempts"][0]
     assert last["state"] == "NODE_FAIL" and "Goes on without n2." in last["reason"] and "last words" in last["reason"]
 
@@ -113,6 +116,25 @@ def test_an_attempt_without_an_end_is_closed_by_the_next(
     first, second = record.read(run)["attempts"]
     assert (first["state"], first["kind"]) == (state, kind) and first["ended"]
     assert second["state"] == "RUNNING" and second["first_step"] == 10
+
+
+def test_no_reader_sees_an_end_that_is_none(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state that the record has while a job is on its way back to the queue; `logs -f` stops at one that is ended."""
+    seen = []
+    write = record.write_atomically
+
+    def watch(path: Path, text: str) -> None:
+        if path == run.record:
+            seen.append(JobState(json.loads(text)["state"]))
+        write(path, text)
+
+    begin(run, monkeypatch)
+    monkeypatch.setattr(record, "write_atomically", watch)
+    leave(run, 1, "NCCL error", "srun: error: n2: task 3: Killed\n")
+    assert attempt.end(run, facts(), 137, 60, 3).startswith("avoid")
+    begin(run, monkeypatch)
+    begin(run, monkeypatch)  # the one before left no word
+    assert len(seen) >= 6 and not any(state.ended for state in seen)
 
 
 def test_cancelled_while_it_waited(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,3 +156,12 @@ def test_trackers_continue_the_same_run(run: RunFolder) -> None:
     environment = scheduler.job_spec(plan, run).environment
     assert environment == scheduler.job_spec(plan, run).environment
     assert environment["WANDB_RESUME"] == "allow" and environment["WANDB_RUN_ID"].startswith("run-")
+
+
+def test_what_runs_around_the_ranks_is_light() -> None:
+    """Twice in every attempt, on the node: pydantic, yaml and email alone would be four tenths of a second of it."""
+    code = (
+        "import sys, trebuchet.slurm.attempt; print(sorted({'pydantic', 'yaml', 'email', 'torch'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -24,6 +24,11 @@ Node=n3=idle
 Node=n4={n4}
 """
 KILLED = "srun: error: n2: task 1: Killed\nsrun: error: n1: task 0: Exited with exit code 1\n"
+# Slurm 22.05 with JobAcctGatherParams=OverMemoryKill.
+EXCEEDED = (
+    "0: slurmstepd-n1: error: StepId=1.0 exceeded memory limit (402169856 > 314572800), being killed\n"
+    "slurmstepd-n1: error: Exceeded job memory limit\nsrun: error: n1: task 0: Killed\n"
+)
 FAILED = "1: Traceback\nsrun: error: n2: task 1: Exited with exit code 1\n"
 
 
@@ -40,6 +45,7 @@ def ask(outcome: tuple[int, str | None] | None, status: int = 1, said: str = "",
         "warning_s": 60,
         "restarts": 3,
         "lighter": "micro-batch 2 instead of 4",
+        "on_cpu": False,
         "kept": True,
     } | changes
     return classify(left, status, said, known or facts(), history or [], **options)
@@ -66,6 +72,9 @@ def test_facts_are_read() -> None:
         (ask((1, "out of memory: CUDA out of memory. Tried to allocate 2 GiB"), 1, FAILED), "oom", "requeue"),
         (ask((1, "out of memory: CUDA out of memory."), 1, FAILED, lighter=None), "oom", "exit"),
         (ask(None, 137, "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n" + KILLED), "host-oom", "exit"),
+        (ask(None, 137, EXCEEDED), "host-oom", "exit"),  # on a GPU host memory does not follow the micro-batch
+        (ask(None, 137, EXCEEDED, on_cpu=True), "host-oom", "requeue"),
+        (ask(None, 137, EXCEEDED, on_cpu=True, lighter=None), "host-oom", "exit"),
         (ask((1, "RuntimeError: Connection closed by peer [127.0.0.1]:34"), 137, KILLED), "node", "avoid"),
         (ask((1, "DistBackendError: NCCL error: unhandled system error"), 1, FAILED), "node", "avoid"),
         (ask(None, 137, KILLED, known=facts(n1="down*")), "node", "avoid"),

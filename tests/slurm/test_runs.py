@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
-from trebuchet.launcher import api, cli, logs, record
+from trebuchet.launcher import api, cli, record
 from trebuchet.launcher.job import JobState
-from trebuchet.launcher.run_folder import RunFolder, open_run
+from trebuchet.launcher.run_folder import open_run
 
-from .cluster import SlurmCluster, wait_for
+from .cluster import SlurmCluster
 from .conftest import HERE
+from .running import finish, losses, rank_process, run_job, said, submit, wait_for_step
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
@@ -27,44 +27,6 @@ FOUR_RANKS = {
     "optimization.max_steps": 120, "checkpointing.every": 15, "evaluation.every": 120, "evaluation.generations": 0,
     "data.packing": False, "data.max_length": 64,
 }  # fmt: skip
-
-
-def losses(folder: RunFolder) -> dict[int, float]:
-    rows = map(json.loads, folder.metrics.read_text(encoding="utf-8").splitlines())
-    return {row["step"]: row["loss"] for row in rows if "loss" in row}
-
-
-def finish(folder: RunFolder) -> list[str]:
-    return list(logs.lines(folder, follow=True))
-
-
-def said(folder: RunFolder) -> str:
-    log = folder.logs / "slurm.log"
-    return f"{json.dumps(record.read(folder), indent=1)}\n{log.read_text() if log.exists() else 'no log'}"
-
-
-def wait_for_step(folder: RunFolder, step: int, attempt: int) -> None:
-    """Until `attempt` (counted from 1) has done `step` steps."""
-
-    def there() -> bool:
-        found = record.read(folder)
-        assert not JobState(found["state"]).ended, said(folder)
-        return len(found["attempts"]) >= attempt and found["state"] == "RUNNING" and found["step"] >= step
-
-    wait_for(there, 150, lambda: f"step {step} of attempt {attempt}; {said(folder)}")
-
-
-def rank_process(folder: RunFolder, rank: int) -> psutil.Process:
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            ours = process.cmdline()[-2:] == ["trebuchet.launcher.worker", str(folder.root)]
-            if ours and process.environ().get("RANK") == str(rank):
-                return process
-    raise AssertionError(f"no process of rank {rank}")
-
-
-def submit(config: dict[str, Any], cluster: str) -> RunFolder:
-    return RunFolder(api.submit(config, cluster=cluster).folder)
 
 
 def test_four_ranks_through_preemption_a_killed_rank_and_a_lost_node(
@@ -85,7 +47,7 @@ def test_four_ranks_through_preemption_a_killed_rank_and_a_lost_node(
     slurm.ask("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
     wait_for_step(run, 35, attempt=2)
     rank_process(run, 2).kill()
-    wait_for_step(run, 70, attempt=3)
+    wait_for_step(run, 40, attempt=3)  # far from the end: ranks that are done are not missed
     lost = record.read(run)["attempts"][-1]["nodes"][-1]
     slurm.kill_node(lost)
     try:
@@ -154,10 +116,6 @@ def test_a_rank_that_hangs_is_named_and_the_job_goes_on_once(
     assert first["kind"] == "hang" and "Without a word: rank 1" in first["reason"], said(run)
     assert second["first_step"] >= first["last_step"] - 10
     slurm.ask("scancel", run_job(run))
-
-
-def run_job(run: RunFolder) -> str:
-    return str(record.read(run)["submitted"]).rpartition("/")[2]
 
 
 def test_hostile_folder_from_a_login_node_without_torch(

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trebuchet.launcher.job import JobSpec
-from trebuchet.slurm.sbatch import directives, render
+from trebuchet.slurm.sbatch import Array, directives, render
 from trebuchet.slurm.site import build_site
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +38,7 @@ def spec(folder: str = "/shared/runs/demo", **changes: Any) -> JobSpec:
     return JobSpec(**values | changes)
 
 
+ARRAYS = {"array": Array("0-7,9", 4), "hostile-array": Array("3", 1)}
 CASES: dict[str, tuple[JobSpec, dict[str, Any]]] = {
     "plain": (spec(), {}),
     "cpu": (spec(nodes=1, tasks_per_node=2, gpus_per_node=0, cpus_per_task=1), {"partition": "cpu", "requeue": False}),
@@ -57,6 +58,8 @@ CASES: dict[str, tuple[JobSpec, dict[str, Any]]] = {
         spec(),
         {"container": {"runtime": "apptainer", "image": "/shared/images/torch 2.sif", "mounts": ["/shared", "/d:/d:ro"]}},
     ),
+    "array": (spec("/shared/runs/sweep", environment={"WANDB_RUN_ID": "sweep-1"}), {"partition": "gpu"}),
+    "hostile-array": (spec("/runs/100% it's"), {}),
     "hostile": (spec("/runs/$(touch pwned)\nit's \"x\" 100%j"), {}),
 }  # fmt: skip
 
@@ -65,7 +68,7 @@ CASES: dict[str, tuple[JobSpec, dict[str, Any]]] = {
 def test_whole_script(name: str) -> None:
     """UPDATE_GOLDEN=1 rewrites the files; look at the difference before committing it."""
     job, site = CASES[name]
-    text = render(job, build_site(site, "test"), PYTHON)
+    text = render(job, build_site(site, "test"), PYTHON, array=ARRAYS.get(name))
     path = GOLDEN / f"{name}.sh"
     if os.environ.get("UPDATE_GOLDEN") == "1":
         path.write_text(text, encoding="utf-8")
@@ -122,5 +125,9 @@ def test_ranks_are_numbered_in_the_task() -> None:
     assert "RANK=$SLURM_PROCID" in inside and "SLURM_PROCID" not in rest and "torchrun" not in text
 
 
-def test_arrays() -> None:
-    assert "--array=0-999%50" in directives(spec(), build_site({}, "test"), array="0-999%50")
+def test_the_tasks_of_an_array_are_runs_of_their_own() -> None:
+    array = Array("0-999", 50)
+    lines = directives(spec("/shared/runs/sweep"), build_site({}, "test"), array=array)
+    assert "--array=0-999%50" in lines and "--output=/shared/runs/sweep/trials/%3a/logs/slurm.log" in lines
+    text = render(spec("/shared/runs/sweep"), build_site({}, "test"), PYTHON, array=array)
+    assert "$SLURM_JOB_ID" not in text.partition("facts()")[2]  # the id of one task is that of the whole array

@@ -14,6 +14,7 @@
 #SBATCH --export=NONE
 
 run=/shared/runs/demo
+job=$SLURM_JOB_ID
 cd "$run" || exit 1
 
 # srun hands on what is exported here; the shell that submitted has no part in it (--export=NONE).
@@ -26,7 +27,7 @@ export TORCH_NCCL_TRACE_BUFFER_SIZE=2000
 export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$run/logs/nccl-trace-"
 
 # The ranks know when their time ends (Slurm says so itself since 23.02) and save before, however long a step takes by then.
-end=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o ' EndTime=[^ ]*')
+end=$(scontrol show job "$job" --oneliner | grep -o ' EndTime=[^ ]*')
 SLURM_JOB_END_TIME=$(date --date="${end#*=}" +%s 2>/dev/null)
 export SLURM_JOB_END_TIME
 
@@ -50,7 +51,7 @@ box=(apptainer exec --nv --bind=/shared --bind=/d:/d:ro '/shared/images/torch 2.
 attempt() { "${box[@]}" "$python" -m trebuchet.slurm.attempt "$@"; }
 facts() {
   date "+Now=%FT%T"
-  scontrol show job "$SLURM_JOB_ID" --oneliner
+  scontrol show job "$job" --oneliner
   scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/^/Allocated=/"
   sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --format="Node=%N=%t"
 }
@@ -59,19 +60,19 @@ trap : TERM USR1  # the script outlives the ranks: it writes the record and requ
 facts | attempt begin "$run" || exit
 srun --kill-on-bad-exit=1 --label --cpus-per-task=16 \
   bash -c "$task" rank "${box[@]}" "$python" -m trebuchet.launcher.worker "$run"
-status=$? warning_s=120
+status=$? warning_s=120 restarts=3
 
-read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s")"
+read -r verdict word <<<"$(facts | attempt end "$run" "$status" "$warning_s" "$restarts")"
 case $verdict in
   requeue)  # saved in time, or ended by nobody's fault: go on under the same id
     trap "exit 0" TERM  # which is what a requeued script gets
-    scontrol requeue "$SLURM_JOB_ID" && exit 0
+    scontrol requeue "$job" && exit 0
     ;;
   avoid)    # the same on other nodes than $word; the SIGTERM of the requeue may end the command that runs when it comes
     again() { "$@" || "$@" || "$@"; }
-    scontrol requeuehold "$SLURM_JOB_ID"
-    again scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$word"
-    again scontrol release "$SLURM_JOB_ID" && exit 0
+    scontrol requeuehold "$job"
+    again scontrol update JobId="$job" ExcNodeList="$word"
+    again scontrol release "$job" && exit 0
     ;;
   exit)
     exit "$word"

@@ -1,8 +1,9 @@
-"""Many calls of one Python function as one array job, by submitit: sweeps, shards of data, evaluation of many checkpoints.
+"""Many calls of one Python function as one array job, by submitit: shards of data, evaluation of many checkpoints.
 
 One sbatch call whatever the number of items, `%parallel` of them at a time, and one table of what came of each. Functions and items
 travel as submitit sends them, pickled by the submitting user for the same user's jobs; use functions of modules, which pickle by
-name. Left out: runs over several nodes (scheduler.py).
+name. Left out: training runs, which keep a record and
+requeue themselves (scheduler.py; many of them: trials.py).
 """
 
 from __future__ import annotations

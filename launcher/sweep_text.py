@@ -1,0 +1,105 @@
+"""A sweep as people and programs read it: one row per trial, best first, and what `trebuchet sweep` says before it starts.
+
+Left out: plots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import backends, record
+from .job_state import JobState
+from .plan_text import render as render_plan
+from .run_folder import RunFolder
+from .sweep import Planned, SweepFolder, name_of
+
+FINAL = {"eval_loss": "loss", "eval_perplexity": "perplexity"}  # measured once more after the last step
+
+
+def table(folder: SweepFolder) -> dict[str, Any]:
+    """The sweep with a row for each trial, after one question to the scheduler. Trials with a value come first, the best at the top;
+    the others follow in their order."""
+    facts, trials = folder.facts(), folder.trials()
+    backends.reconcile(trials)
+    rows = [_row(facts, number, trial) for number, trial in enumerate(trials)]
+    sign = 1 if facts["mode"] == "min" else -1
+    rows.sort(key=lambda row: (row["value"] is None, sign * (row["value"] or 0.0), row["trial"]))
+    done = [row for row in rows if row["state"] == JobState.SUCCEEDED and row["value"] is not None]
+    return {
+        "sweep": facts["sweep"],
+        "state": state_of([JobState(row["state"]) for row in rows]).value,
+        "counts": dict(Counter(row["state"] for row in rows)),
+        "metric": facts["metric"],
+        "mode": facts["mode"],
+        "best": done[0]["trial"] if done else None,
+        "trials": rows,
+        "folder": str(folder.root),
+    }
+
+
+def _row(facts: dict[str, Any], number: int, trial: RunFolder) -> dict[str, Any]:
+    found = record.read(trial)
+    keys = ("state", "step", "steps", "error")
+    attempts = [f"{a['state']}: {a['reason']}" if a["reason"] else a["state"] for a in found["attempts"]]
+    value = metric_of(trial, found, facts["metric"])
+    return {"trial": name_of(number), **{key: found[key] for key in keys}, "attempts": attempts, "value": value,
+            "values": facts["trials"][number]}  # fmt: skip
+
+
+def metric_of(trial: RunFolder, found: dict[str, Any], metric: str) -> float | None:
+    """The last value of a metric: the evaluation after training where there is one, else the newest line of metrics.jsonl that has
+    it."""
+    after = (found.get("evaluation") or {}).get("after") or {}
+    if metric in FINAL and FINAL[metric] in after:
+        return float(after[FINAL[metric]])
+    if not trial.metrics.exists():
+        return None
+    lines = reversed(trial.metrics.read_text(encoding="utf-8").splitlines())
+    rows = (json.loads(line) for line in lines if line.endswith("}"))
+    return next((float(row[metric]) for row in rows if isinstance(row.get(metric), (int, float))), None)
+
+
+def state_of(states: Sequence[JobState]) -> JobState:
+    """Of the whole: running while any trial is, done when all are, else what ended the first that did not finish."""
+    for state in (JobState.RUNNING, JobState.PENDING):
+        if state in states:
+            return state
+    return next((state for state in states if state != JobState.SUCCEEDED), JobState.SUCCEEDED)
+
+
+def status(found: dict[str, Any]) -> str:
+    """The table as text."""
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(found["counts"].items()))
+    lines = [f"{found['sweep']}  {found['state']}  {counts}"]
+    keys = list(dict.fromkeys(key for row in found["trials"] for key in row["values"]))
+    rows = [("TRIAL", "STATE", "STEP", found["metric"].upper(), *(key.rpartition(".")[2] for key in keys), "")]
+    for row in found["trials"]:
+        steps = f"{row['step']}/{row['steps']}" if row["steps"] else "-"
+        value = "-" if row["value"] is None else f"{row['value']:.4g}"
+        note = row["error"] or (f"attempt {len(row['attempts'])}" if len(row["attempts"]) > 1 else "")
+        rows.append((row["trial"], row["state"], steps, value, *(_short(row["values"].get(key)) for key in keys), note))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
+    lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if found["best"]:
+        lines.append(f"best so far: trial {found['best']}, {Path(found['folder']) / 'trials' / found['best']}")
+    return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def preview(planned: Planned) -> str:
+    """The plan of the first trial, every trial's values, and what would be started."""
+    assert planned.config.sweep is not None
+    lines = [render_plan(planned.plans[0])]
+    for number, (values, plan) in enumerate(zip(planned.values, planned.plans, strict=True)):
+        assert plan.chosen is not None
+        pairs = ", ".join(f"{key}={_short(value)}" for key, value in values.items())
+        lines.append(f"trial {name_of(number)}: {pairs}  ({plan.chosen.method}, micro-batch {plan.chosen.micro_batch})")
+    module = backends.trials(planned.plans[0].cluster.scheduler)
+    return "\n".join([*lines, "", module.preview_trials(planned.folder, planned.plans, planned.config.sweep.parallel)])
