@@ -2,8 +2,9 @@
 
     python benchmarks/kernels_gpu.py [--only rms_norm] [--json FILE]
 
-Each op, forward plus backward, beside eager torch, torch.compile of the same expression, and liger-kernel where installed; then
-one training step of a stack of 8B-shaped decoder layers with LoRA, patched against not. An op whose numbers are wrong is
+Each op (`kernels_gpu_ops.py`), forward plus backward where it has one, beside eager torch, torch.compile of the same expression,
+and liger-kernel or bitsandbytes; then one training step of a stack of 8B-shaped decoder layers with LoRA, patched against not. An op
+whose numbers are wrong is
 reported and not timed. Times are medians of CUDA events, with the L2 cache flushed before each run. `--dry-run` walks the same
 code on a CPU with small shapes in place of times: it proves the control flow and measures nothing.
 """
@@ -18,19 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from kernels_gpu_ops import Op, Sizes, ops
 from torch import Tensor
 from trebuchet.kernels import functional as K
 
-
-@dataclass(frozen=True, kw_only=True)
-class Op:
-    ours: Callable[..., Tensor | tuple[Tensor, ...]]
-    eager: Callable[..., Tensor | tuple[Tensor, ...]]
-    shapes: list[tuple[int, ...]]
-    least_bytes: Callable[[list[Tensor]], int]  # forward + backward: each input once, each output once
-    liger: str | None = None  # name in liger_kernel.transformers.functional, called like `eager`
-    frozen: int = 0  # the last inputs get no gradient
+LLAMA_8B = Sizes(rows=8192, width=4096, mlp=14336, vocab=128256)
+SMALL = Sizes(rows=32, width=64, mlp=128, vocab=500, rank=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,78 +35,6 @@ class Result:
     gb_per_s: float | None
     share_of_copy: float | None
     note: str = ""
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, -1)
-    return torch.cat((-b, a), -1)
-
-
-def llama_norm(x: Tensor, w: Tensor) -> Tensor:
-    xf = at_least_fp32(x)
-    return w * (xf * torch.rsqrt(xf.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-
-
-def nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def ops(small: bool) -> dict[str, Op]:
-    rows, width, mlp, vocab = (32, 64, 96, 500) if small else (8192, 4096, 14336, 128256)
-
-    def eager_loss(h: Tensor, w: Tensor) -> Tensor:
-        return -F.log_softmax(at_least_fp32(F.linear(h, w)), -1)[:, 7]
-
-    def our_loss(h: Tensor, w: Tensor) -> Tensor:
-        return -K.token_loss(h, w, torch.full((len(h),), 7, device=h.device)).logp
-
-    def eager_rope(q: Tensor, k: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x * c[:, None] + rotate_half(x) * s[:, None] for x in (q.transpose(1, 2), k.transpose(1, 2)))
-
-    def our_rope(q: Tensor, k: Tensor, c: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        # The op reads the first half of the angles for both; `prepared` draws all four inputs at random.
-        return K.rope(q.transpose(1, 2), k.transpose(1, 2), c, s)
-
-    return {
-        "rms_norm": Op(
-            ours=lambda x, w: K.rms_norm(x, w, 1e-6), eager=llama_norm, shapes=[(rows, width), (width,)],
-            least_bytes=lambda t: 5 * nbytes(t[0]),
-        ),
-        "add_rms_norm": Op(
-            ours=lambda x, r, w: torch.add(*K.add_rms_norm(x, r, w, 1e-6)),
-            eager=lambda x, r, w: llama_norm(x + r, w) + (x + r),
-            shapes=[(rows, width), (rows, width), (width,)], least_bytes=lambda t: (8 + 5) * nbytes(t[0]),
-        ),
-        "layer_norm": Op(
-            ours=lambda x, w, b: K.layer_norm(x, w, b, 1e-6), eager=lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-6),
-            shapes=[(rows, width), (width,), (width,)], least_bytes=lambda t: 5 * nbytes(t[0]),
-        ),
-        "swiglu": Op(
-            ours=K.swiglu, eager=lambda e, g: F.silu(e) * g, shapes=[(rows, mlp)] * 2, liger="liger_swiglu",
-            least_bytes=lambda t: 8 * nbytes(t[0]),
-        ),
-        "geglu": Op(
-            ours=K.geglu, eager=lambda e, g: F.gelu(e, approximate="tanh") * g, shapes=[(rows, mlp)] * 2,
-            liger="liger_geglu", least_bytes=lambda t: 8 * nbytes(t[0]),
-        ),
-        "rope": Op(
-            ours=our_rope, eager=eager_rope, shapes=[(1, rows, 32, 128), (1, rows, 8, 128), (1, rows, 128), (1, rows, 128)],
-            frozen=2, least_bytes=lambda t: 4 * nbytes(*t[:2]) + 2 * nbytes(*t[2:]),
-        ),
-        "cross_entropy": Op(
-            ours=lambda z: K.cross_entropy(z, torch.full((len(z),), 7, device=z.device))[0],
-            eager=lambda z: F.cross_entropy(at_least_fp32(z), torch.full((len(z),), 7, device=z.device), reduction="none"),
-            shapes=[(min(rows, 2048), vocab)], least_bytes=lambda t: 3 * nbytes(t[0]),
-        ),
-        "token_loss frozen": Op(
-            ours=our_loss, eager=eager_loss, shapes=[(rows, width), (vocab, width)], frozen=1,
-            least_bytes=lambda t: 3 * t[0].shape[0] * t[1].shape[0] * t[0].element_size(),
-        ),
-    }  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
@@ -132,7 +54,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     dtype = getattr(torch, args.dtype or ("bfloat16" if bf16 else "float16"))
     copy = None if args.dry_run else copy_bandwidth(device)
     results: list[Result] = []
-    for name, op in ops(args.dry_run).items():
+    for name, op in ops(SMALL if args.dry_run else LLAMA_8B, device, dtype).items():
         if args.only in name:
             results += bench_op(name, op, device, dtype, copy)
     if args.only in "training step":
@@ -147,40 +69,27 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
 def bench_op(name: str, op: Op, device: torch.device, dtype: torch.dtype, copy: float | None) -> list[Result]:
     torch.manual_seed(0)
-    inputs = [torch.randn(s, device=device).to(dtype) for s in op.shapes]
-    for angles in inputs[2:] if name == "rope" else ():
-        angles[..., angles.shape[-1] // 2 :] = angles[..., : angles.shape[-1] // 2]  # both halves alike, as in models
-    if name.startswith("token_loss"):
-        inputs[1] /= inputs[1].shape[1] ** 0.5  # logits of size one
-    implementations: dict[str, Callable[..., Tensor]] = {"ours": op.ours, "eager": op.eager}
+    implementations: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
+        "ours": op.ours,
+        "eager": op.eager,
+        **op.peers,
+    }
     if device.type == "cuda":
         implementations["torch.compile"] = torch.compile(op.eager)
-    if op.liger and device.type == "cuda":
-        try:
-            from liger_kernel.transformers import functional as liger
-
-            implementations["liger-kernel"] = getattr(liger, op.liger)
-        except ImportError:
-            pass
     K.reset_calls()
-    wrong = wrong_by(op, inputs)
+    wrong = wrong_by(op)
     ran = {backend for counts in K.calls().values() for backend in counts}
     expected = {"torch"} if device.type == "cpu" else {"triton"}
+    nothing = {"milliseconds": None, "gb_per_s": None, "share_of_copy": None}
     if wrong or ran != expected:
-        return [Result(op=name, implementation="ours", milliseconds=None, gb_per_s=None, share_of_copy=None,
-                       note=wrong or f"ran on {sorted(ran)}, not on {sorted(expected)}")]  # fmt: skip
-    found = []
+        note = wrong or f"ran on {sorted(ran)}, not on {sorted(expected)}"
+        return [Result(op=name, implementation="ours", note=note, **nothing)]
+    inputs, found = op.inputs(op.rows), []
     for label, function in implementations.items():
         try:
-            leaves, upstream = prepared(op, function, inputs)
-
-            def once(function=function, leaves=leaves, upstream=upstream) -> None:
-                torch.autograd.grad(function(*leaves), [x for x in leaves if x.requires_grad], upstream)
-
-            ms = median_ms(once, device)
+            ms = median_ms(one_run(op, function, inputs), device)
         except torch.OutOfMemoryError:
-            found.append(Result(op=name, implementation=label, milliseconds=None, gb_per_s=None, share_of_copy=None,
-                                note="out of memory"))  # fmt: skip
+            found.append(Result(op=name, implementation=label, note="out of memory", **nothing))
             continue
         rate = None if ms is None else op.least_bytes(inputs) / ms / 1e6
         share = None if rate is None or copy is None else rate / copy
@@ -188,10 +97,21 @@ def bench_op(name: str, op: Op, device: torch.device, dtype: torch.dtype, copy: 
     return found
 
 
+def one_run(op: Op, function: Callable, inputs: list[Tensor]) -> Callable[[], object]:
+    """Forward and, where there is one, backward pass, on tensors of its own."""
+    leaves, upstream = prepared(op, function, inputs)
+    if not op.backward:
+        return lambda: function(*leaves)
+    trained = [x for x in leaves if x.requires_grad]
+    return lambda: torch.autograd.grad(function(*leaves), trained, upstream)
+
+
 def prepared(op: Op, function: Callable, inputs: list[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...]]:
     """Leaves of their own, and fixed random upstream gradients."""
-    trained = len(inputs) - op.frozen
+    trained = len(inputs) - op.frozen if op.backward else 0
     leaves = [x.clone().requires_grad_(i < trained) for i, x in enumerate(inputs)]
+    if not op.backward:
+        return leaves, ()
     with torch.no_grad():
         out = function(*leaves)
     random = torch.Generator().manual_seed(1)
@@ -199,23 +119,23 @@ def prepared(op: Op, function: Callable, inputs: list[Tensor]) -> tuple[list[Ten
     return leaves, tuple(torch.randn(o.shape, generator=random).to(o) for o in outputs)
 
 
-def wrong_by(op: Op, inputs: list[Tensor]) -> str:
+def wrong_by(op: Op) -> str:
     """Empty if result and gradients are at most 1.5 times as far from fp64 as eager's (root mean square), else why not.
 
     On 256 rows of the real width, so that fp64 fits.
     """
-    rows = inputs[0].shape[-2] if inputs[0].dim() == 2 else inputs[0].shape[1]
-    cut = [x[:, :256] if x.dim() > 2 else x[:256] if x.dim() == 2 and len(x) == rows else x for x in inputs]
+    inputs = op.inputs(min(op.rows, 256))
+    wide = [x.double() if x.is_floating_point() else x for x in inputs]
     results = []
-    for function, kind in ((op.eager, torch.float64), (op.eager, None), (op.ours, None)):
-        leaves, upstream = prepared(op, function, [x.to(kind or x.dtype) for x in cut])
-        out = function(*leaves)
-        grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], upstream)
+    for function, given in ((op.eager, wide), (op.eager, inputs), (op.ours, inputs)):
+        leaves, upstream = prepared(op, function, given)
+        out = function(*leaves) if op.outcome is None else (function(*leaves), op.outcome(leaves))[1]
         outputs = out if isinstance(out, tuple) else (out,)
+        grads = torch.autograd.grad(out, [x for x in leaves if x.requires_grad], upstream) if op.backward else ()
         results.append([o.detach().double() for o in (*outputs, *grads)])
     for i, (exact, eager, ours) in enumerate(zip(*results, strict=True)):
         error, theirs, size = ((x.pow(2).mean().sqrt().item()) for x in (ours - exact, eager - exact, exact))
-        if not error <= 1.5 * theirs + 1e-6 * size:
+        if not error <= 1.5 * theirs + op.slack * size:
             return f"WRONG: result {i} is off by {error:.3g}, eager by {theirs:.3g}"
     return ""
 

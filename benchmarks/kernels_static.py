@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-ROWS, WIDTH, MLP, VOCAB = 64, 4096, 14336, 128256
+# Enough rows that every program of a backward pass walks over several, as in training.
+ROWS, WIDTH, MLP, VOCAB = 2048, 4096, 14336, 128256
 # Ours, theirs, elements of the op, and elements of one row (RoPE: of one token).
 Op = tuple[Callable[[], object], Callable[[], object], int, int]
 
@@ -48,8 +49,8 @@ def ops(dtype: torch.dtype, rows: int = ROWS) -> dict[str, Op]:
     size, mlp = x.numel(), e.numel()
 
     def ours_ce() -> None:
-        _, lse, _, _ = loss.stats(z, labels, None, 1.0, False, False)
-        loss.gradient(z, labels, lse, None, (upstream, None, None), None, 1.0, out=z)
+        _, lse, _, _, rest = loss.stats(z, labels, None, 1.0, False, False)
+        loss.gradient(z, labels, lse, rest, None, (upstream, None, None), None, 1.0, out=z)
 
     def their_cross_entropy() -> None:
         # Summed and divided by the number of tokens afterwards, as Hugging Face training does.
@@ -152,7 +153,9 @@ def _elements(launch: Any, row: int) -> int:
     """Elements that one walk through the code of a program handles: its block, at most the row; all heads for RoPE."""
     options = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
     if "rope" in launch.kernel.__name__:
-        return row // options.get("LOOPS", 1)
+        return row // -(-options["HALF"] // options["BLOCK"]) if "HALF" in options else row
+    if "PARTS" in options:
+        return options["PARTS"] * options["LANES"] * options["WIDTH"]
     return min(options.get("BLOCK_SIZE") or options["BLOCK"] * options.get("ROWS", 1), row)
 
 

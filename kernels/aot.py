@@ -67,7 +67,8 @@ def compile_launch(launch: Any, target: str) -> Any:
     from triton.runtime.driver import driver
 
     driver.set_active(_Target(target))
-    return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.options)
+    options = {k: v for k, v in launch.options.items() if k != "maxnreg" or target.startswith("sm_")}
+    return launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **options)
 
 
 def measure(target: str, only: str = "") -> Measured:

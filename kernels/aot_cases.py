@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .triton_kernels import adamw8bit, glu, layer_norm, loss, nf4, rms_norm, rope
+from .triton_kernels import adamw8bit, glu, layer_norm, loss, nf4, rms_norm, rope, wide_norm
 from .triton_kernels.launch import Launch, record
 
 ROWS = 4096
@@ -20,7 +20,8 @@ def cases(dtype: torch.dtype) -> dict[str, Launch]:
     for name, call in (_norms(dtype) | _elementwise(dtype) | _losses(dtype) | _weights(dtype)).items():
         with record() as launches:
             call()
-        (found[name],) = launches
+        for launch in launches:
+            found[name if len(launches) == 1 else f"{name} {launch.kernel.__name__}"] = launch
     return found
 
 
@@ -47,7 +48,13 @@ def _norms(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
                 f"layer_norm backward H={width} frozen": _call(layer_norm.backward, x, x, w, stat, stat, False),
                 f"layer_norm backward H={width} dw db": _call(layer_norm.backward, x, x, w, stat, stat, True),
             }
-    return calls
+    x, w, stat = torch.empty(64, 32768, dtype=dtype), torch.empty(32768, dtype=dtype), torch.empty(64)
+    return calls | {
+        "add_rms_norm forward H=32768": _call(wide_norm.forward, x, x, w, None, 1e-6, 0.0, "llama", dtype),
+        "layer_norm forward H=32768": _call(wide_norm.forward, x, None, w, w, 1e-6, 0.0, "gemma", dtype),
+        "rms_norm backward H=32768 dw": _call(wide_norm.backward, x, x, w, None, stat, x, 0.0, "llama", True),
+        "layer_norm backward H=32768 dw db": _call(wide_norm.backward, x, x, w, stat, stat, None, 0.0, "gemma", True),
+    }
 
 
 def _elementwise(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -76,6 +83,7 @@ def _elementwise(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         positions = torch.empty(2, 64, dtype=torch.int64)
         name = f"rope q{q_heads} k{k_heads} D={width}"
         calls[name] = _call(rope.launch, q, k, angles, angles, None, False)
+        calls[f"{name} one row of angles"] = _call(rope.launch, q, k, angles[:1], angles[:1], None, False)
         calls[f"{name} positions backward"] = _call(rope.launch, q, k, table, table, positions, True)
     return calls
 
@@ -88,13 +96,13 @@ def _losses(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         logp_only = (stat, None, None)
         calls |= {
             f"loss statistics V={vocab}": _call(loss.stats, z, labels, None, 1.0, False, False),
-            f"loss gradient V={vocab}": _call(loss.gradient, z, labels, stat, None, logp_only, None, 1.0, out=z),
+            f"loss gradient V={vocab}": _call(loss.gradient, z, labels, stat, stat, None, logp_only, None, 1.0, out=z),
         }
     everything = (stat, stat, stat)
     calls |= {
         "loss statistics V=262144 softcap entropy argmax": _call(loss.stats, z, labels, 30.0, 1.0, True, True),
         "loss gradient V=262144 softcap entropy": _call(
-            loss.gradient, z, labels, stat, stat, everything, 30.0, 1.0, out=z
+            loss.gradient, z, labels, stat, stat, stat, everything, 30.0, 1.0, out=z
         ),
     }
     return calls

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-from . import norms
-
 
 def as_linear(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> tuple:
     """The inputs in the dtype in which torch.nn.Linear would multiply them: autocast's, else the weight's."""
@@ -20,11 +18,6 @@ def check_norm(op: str, x: Tensor, weight: Tensor, casting: str) -> None:
         raise ValueError(f"{op}: weight {describe(weight)} must be as wide as x {describe(x)}")
     if casting not in ("llama", "gemma"):
         raise ValueError(f"{op}: casting is {casting!r}; it must be 'llama' or 'gemma'")
-
-
-def too_wide(x: Tensor) -> str | None:
-    limit = norms.MAX_WIDTH
-    return f"rows of {x.shape[-1]} exceed the {limit} that one block holds" if x.shape[-1] > limit else None
 
 
 def describe(t: Tensor) -> str:

@@ -22,29 +22,31 @@ def _safe(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("trebuchet::cross_entropy", mutates_args=())
 def cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int, softcap: float | None, logit_scale: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    """loss, lse [N] in fp32 from logits [N, V] and labels [N]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, lse and what lse lost when it was rounded, [N] in fp32, from logits [N, V] and labels [N]."""
     dispatch.count("cross_entropy", backend)
     y, valid = _safe(labels, ignore_index)
     if backend == "triton":
         from .triton_kernels import loss as kernels
 
-        logp, lse, _, _ = kernels.stats(logits, y, softcap, logit_scale, False, False)
+        logp, lse, _, _, rest = kernels.stats(logits, y, softcap, logit_scale, False, False)
     else:
         logp, lse, _, _ = softmax_rows(logits, y, softcap=softcap, logit_scale=logit_scale)
-    return torch.where(valid, -logp, 0.0), torch.where(valid, lse, 0.0)
+        rest = torch.zeros_like(lse)  # the backward pass forms the softmax again
+    return torch.where(valid, -logp, 0.0), torch.where(valid, lse, 0.0), rest
 
 
 @cross_entropy.register_fake
 def _(logits, labels, ignore_index, softcap, logit_scale, backend):
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(len(labels), dtype=dtype), logits.new_empty(len(labels), dtype=dtype)
+    loss, lse, rest = (logits.new_empty(len(labels), dtype=dtype) for _ in range(3))
+    return loss, lse, rest
 
 
 @torch.library.custom_op("trebuchet::cross_entropy_backward", mutates_args=())
 def cross_entropy_backward(
-    g_loss: Tensor | None, g_lse: Tensor | None, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int,
-    softcap: float | None, logit_scale: float, backend: str,
+    g_loss: Tensor | None, g_lse: Tensor | None, logits: Tensor, labels: Tensor, lse: Tensor, rest: Tensor,
+    ignore_index: int,    softcap: float | None, logit_scale: float, backend: str,
 ) -> Tensor:  # fmt: skip
     """dlogits [N, V], contiguous, in the dtype of logits; zero rows where the label is ignored."""
     dispatch.count("cross_entropy_backward", backend)
@@ -55,29 +57,29 @@ def cross_entropy_backward(
     if backend == "triton":
         from .triton_kernels import loss as kernels
 
-        kernels.gradient(logits, y, lse, None, grads, softcap, logit_scale, out=out)
+        kernels.gradient(logits, y, lse, rest, None, grads, softcap, logit_scale, out=out)
     else:
         softmax_rows(logits, y, softcap=softcap, logit_scale=logit_scale, grads=grads, out=out)
     return out
 
 
 @cross_entropy_backward.register_fake
-def _(g_loss, g_lse, logits, labels, lse, ignore_index, softcap, logit_scale, backend):
+def _(g_loss, g_lse, logits, labels, lse, rest, ignore_index, softcap, logit_scale, backend):
     return logits.new_empty(logits.shape)
 
 
 def _setup(ctx, inputs, output):
     logits, labels, ctx.ignore, ctx.softcap, ctx.scale, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, labels, output[1])
+    ctx.save_for_backward(logits, labels, output[1], output[2])
 
 
-def _grad(ctx, g_loss, g_lse):
+def _grad(ctx, g_loss, g_lse, _g_rest):
     if g_loss is None and g_lse is None:
         return (None,) * 6
-    logits, labels, lse = ctx.saved_tensors
+    logits, labels, lse, rest = ctx.saved_tensors
     dlogits = cross_entropy_backward(
-        g_loss, g_lse, logits, labels, lse, ctx.ignore, ctx.softcap, ctx.scale, ctx.backend
+        g_loss, g_lse, logits, labels, lse, rest, ctx.ignore, ctx.softcap, ctx.scale, ctx.backend
     )
     return dlogits, None, None, None, None, None
 

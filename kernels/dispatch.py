@@ -52,15 +52,14 @@ def force_backend(backend: Backend) -> Iterator[None]:
         _forced = previous
 
 
-def choose(op: str, *tensors: Tensor | None, limit: str | None = None) -> Backend:
+def choose(op: str, *tensors: Tensor | None) -> Backend:
     """Backend of one call: "triton" for fp16, bf16 and fp32 on CUDA or ROCm, "torch" elsewhere.
 
-    `limit` is a sentence saying why the Triton kernel cannot take this call (None: it can). Raises KernelUnavailable
-    when "triton" is forced and cannot work.
+    Raises KernelUnavailable when "triton" is forced and cannot work.
     """
     given = [t for t in tensors if t is not None]
     device = given[0].device.type
-    reason = limit
+    reason = None
     for t in given:
         if t.is_floating_point() and t.dtype not in TRITON_DTYPES:
             reason = f"{t.dtype} is not one of float16, bfloat16, float32"

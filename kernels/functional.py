@@ -23,7 +23,7 @@ from . import loss as _loss
 from . import nf4 as _nf4
 from . import norms as _norms
 from . import rope as _rope
-from .checks import as_linear, check_norm, describe, too_wide
+from .checks import as_linear, check_norm, describe
 from .dispatch import KernelUnavailable, calls, choose, force_backend, reset_calls
 from .launch_table import launch_table_hash, token_chunk
 from .lora import LoraLinear
@@ -73,7 +73,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast
     1).
     """
     check_norm("rms_norm", x, weight, casting)
-    backend = choose("rms_norm", x, weight, limit=too_wide(x))
+    backend = choose("rms_norm", x, weight)
     return _norms.rms_norm(x, weight, eps, offset, casting, backend)[0]
 
 
@@ -88,7 +88,7 @@ def add_rms_norm(
     check_norm("add_rms_norm", x, weight, casting)
     if residual.shape != x.shape or residual.dtype != x.dtype:
         raise ValueError(f"add_rms_norm: residual {describe(residual)} must be like x {describe(x)}")
-    backend = choose("add_rms_norm", x, residual, weight, limit=too_wide(x))
+    backend = choose("add_rms_norm", x, residual, weight)
     return _norms.add_rms_norm(x, residual, weight, eps, offset, casting, backend)[:2]
 
 
@@ -96,7 +96,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """torch.nn.functional.layer_norm over the last dimension, fp32 inside. x [..., H], weight and bias [H]; dtype of
     x."""
     check_norm("layer_norm", x, weight, "llama")
-    backend = choose("layer_norm", x, weight, bias, limit=too_wide(x))
+    backend = choose("layer_norm", x, weight, bias)
     return _norms.layer_norm(x, weight, bias, eps, backend)[0]
 
 
@@ -163,7 +163,7 @@ def token_loss(
     train_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     learning = torch.is_grad_enabled()
     rows = learning and hidden.requires_grad and not train_head
-    logp, lse, entropy, argmax, _ = _loss.token_loss(
+    logp, lse, entropy, argmax, _, _ = _loss.token_loss(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), bias, softcap, logit_scale, ignore_index,
         return_entropy, return_argmax, rows, chunk or token_chunk(hidden.device.type, trained=learning and train_head),
         backend,
@@ -189,7 +189,7 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: logits {describe(logits)} and labels {describe(labels)} do not fit together")
     backend = choose("cross_entropy", logits)
     flat = logits.reshape(-1, logits.shape[-1])
-    loss, lse = _cross_entropy.cross_entropy(flat, labels.reshape(-1), ignore_index, softcap, logit_scale, backend)
+    loss, lse, _ = _cross_entropy.cross_entropy(flat, labels.reshape(-1), ignore_index, softcap, logit_scale, backend)
     return loss.view(labels.shape), lse.view(labels.shape)
 
 

@@ -15,6 +15,8 @@ How many products: a frozen head needs two in all when only logp gets a gradient
 the forward pass times one number per token that arrives later. Anything else recomputes the logits in the backward
 pass (four products with dW), so any upstream gradient is right and nothing of size V x H is kept between the passes.
 
+lse in fp32 holds logits of 1e4 to 5e-4; what rounding took from it is kept beside it, so that p keeps its digits.
+
 Bytes: the statistics read each logit once, the gradient reads and writes it once: 3s per logit (s bytes each), where a
 kernel that keeps the row in registers would need 2s and spills beyond 32,768 columns. Weight traffic is why chunks are
 not smaller than `launch_table.token_chunk`: W is read twice per chunk, which the products hide from 512 tokens (frozen)
@@ -26,10 +28,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from . import dispatch
-from .loss_torch import Stats, softmax_rows
+from .loss_torch import softmax_rows
 
 
-def _stats(z: Tensor, labels: Tensor, softcap, scale, want_entropy: bool, want_argmax: bool, backend: str) -> Stats:
+def _stats(
+    z: Tensor, labels: Tensor, softcap, scale, want_entropy: bool, want_argmax: bool, backend: str
+) -> tuple[Tensor, ...]:
+    """logp, lse, entropy, argmax and, from the kernel, what lse lost when it was rounded (torch forms it again)."""
     if backend == "triton":
         from .triton_kernels import loss as kernels
 
@@ -39,21 +44,23 @@ def _stats(z: Tensor, labels: Tensor, softcap, scale, want_entropy: bool, want_a
     )
 
 
-def _overwrite_with_dz(z: Tensor, labels: Tensor, lse, entropy, grads, softcap, scale, backend: str) -> None:
+def _overwrite_with_dz(z: Tensor, labels: Tensor, lse, rest, entropy, grads, softcap, scale, backend: str) -> None:
     if backend == "triton":
         from .triton_kernels import loss as kernels
 
-        kernels.gradient(z, labels, lse, entropy, grads, softcap, scale, out=z)
+        kernels.gradient(z, labels, lse, rest, entropy, grads, softcap, scale, out=z)
     else:
         softmax_rows(z, labels, softcap=softcap, logit_scale=scale, grads=grads, out=z)
 
 
-def _stats_and_dz(z: Tensor, labels: Tensor, softcap, scale, want_entropy, want_argmax, backend: str) -> Stats:
+def _stats_and_dz(
+    z: Tensor, labels: Tensor, softcap, scale, want_entropy, want_argmax, backend: str
+) -> tuple[Tensor, ...]:
     """Statistics, then z <- d logp / dz; one sweep in torch, two kernels on a GPU."""
     one = torch.ones(len(labels), dtype=torch.float32, device=z.device)
     if backend == "triton":
         stats = _stats(z, labels, softcap, scale, want_entropy, want_argmax, backend)
-        _overwrite_with_dz(z, labels, stats[1], None, (one, None, None), softcap, scale, backend)
+        _overwrite_with_dz(z, labels, stats[1], stats[4], None, (one, None, None), softcap, scale, backend)
         return stats
     return softmax_rows(
         z, labels, softcap=softcap, logit_scale=scale, want_entropy=want_entropy, want_argmax=want_argmax,
@@ -90,8 +97,9 @@ class _Kept:
 def token_loss(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float,
     ignore_index: int, want_entropy: bool, want_argmax: bool, want_rows: bool, chunk: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp, lse, entropy, argmax [N] and, if want_rows, d logp / d hidden [N, H] (zero rows at ignored tokens)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp, lse, entropy, argmax, the rest of lse [N] and, if want_rows, d logp / d hidden [N, H] (zero rows at ignored
+    tokens)."""
     dispatch.count("token_loss", backend)
     results = _empty_results(hidden, labels, want_entropy, want_argmax, want_rows)
     kept = _Kept(labels, ignore_index, chunk)
@@ -102,10 +110,12 @@ def token_loss(
             z = _product(hidden[at], weight, bias, buffer[: len(y)])
             if want_rows:
                 stats = _stats_and_dz(z, y, softcap, logit_scale, want_entropy, want_argmax, backend)
-                results[4][at] = torch.mm(z, weight)
+                results[5][at] = torch.mm(z, weight)
             else:
                 stats = _stats(z, y, softcap, logit_scale, want_entropy, want_argmax, backend)
-            for result, stat, wanted in zip(results, stats, (True, True, want_entropy, want_argmax), strict=False):
+            for result, stat, wanted in zip(
+                results, stats, (True, True, want_entropy, want_argmax, True), strict=False
+            ):
                 if wanted:
                     result[at] = stat
     return results
@@ -118,6 +128,7 @@ def _empty_results(hidden: Tensor, labels: Tensor, want_entropy: bool, want_argm
         hidden.new_zeros(n, dtype=dtype),
         hidden.new_zeros(n if want_entropy else 0, dtype=dtype),
         labels.new_zeros(n if want_argmax else 0),
+        hidden.new_zeros(n, dtype=dtype),
         hidden.new_zeros(hidden.shape if want_rows else (0,)),
     )
 
@@ -143,7 +154,7 @@ def _(
 @torch.library.custom_op("trebuchet::token_loss_backward", mutates_args=())
 def token_loss_backward(
     g_logp: Tensor | None, g_lse: Tensor | None, g_entropy: Tensor | None, hidden: Tensor, weight: Tensor,
-    labels: Tensor, bias: Tensor | None, lse: Tensor, entropy: Tensor, softcap: float | None, logit_scale: float,
+    labels: Tensor, bias: Tensor | None, lse: Tensor, rest: Tensor, entropy: Tensor, softcap: float | None, logit_scale: float,
     ignore_index: int, want_dh: bool, want_dw: bool, want_db: bool, chunk: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dh, dW, db (empty unless wanted) for any upstream gradients, by recomputing the logits; dW and db accumulate in
@@ -161,7 +172,7 @@ def token_loss_backward(
             z = _product(h, weight, bias, buffer[: len(y)])
             grads = tuple(g[at].contiguous() if g is not None else None for g in (g_logp, g_lse, g_entropy))
             entropy_at = entropy[at] if g_entropy is not None else None
-            _overwrite_with_dz(z, y, lse[at], entropy_at, grads, softcap, logit_scale, backend)
+            _overwrite_with_dz(z, y, lse[at], rest[at], entropy_at, grads, softcap, logit_scale, backend)
             if want_dh:
                 dh[at] = torch.mm(z, weight)
             if want_dw:
@@ -173,7 +184,7 @@ def token_loss_backward(
 
 @token_loss_backward.register_fake
 def _(
-    g_logp, g_lse, g_entropy, hidden, weight, labels, bias, lse, entropy, softcap, logit_scale, ignore_index,
+    g_logp, g_lse, g_entropy, hidden, weight, labels, bias, lse, rest, entropy, softcap, logit_scale, ignore_index,
     want_dh, want_dw, want_db, chunk, backend,
 ):  # fmt: skip
     return (
@@ -187,13 +198,13 @@ def _setup(ctx, inputs, output):
     hidden, weight, labels, bias, ctx.softcap, ctx.scale, ctx.ignore, _, _, ctx.has_rows, ctx.chunk, ctx.backend = (
         inputs
     )
-    _, lse, entropy, _, rows = output
+    _, lse, entropy, _, rest, rows = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, labels, bias, lse, entropy, rows)
+    ctx.save_for_backward(hidden, weight, labels, bias, lse, rest, entropy, rows)
 
 
-def _grad(ctx, g_logp, g_lse, g_entropy, _g_argmax, _g_rows):
-    hidden, weight, labels, bias, lse, entropy, rows = ctx.saved_tensors
+def _grad(ctx, g_logp, g_lse, g_entropy, _g_argmax, _g_rest, _g_rows):
+    hidden, weight, labels, bias, lse, rest, entropy, rows = ctx.saved_tensors
     want_dh, want_dw = ctx.needs_input_grad[:2]
     want_db = ctx.needs_input_grad[3]
     nothing = (None,) * 8
@@ -204,7 +215,7 @@ def _grad(ctx, g_logp, g_lse, g_entropy, _g_argmax, _g_rows):
             return None, None, None, None, *nothing
         return (rows * g_logp.unsqueeze(1)).to(hidden.dtype), None, None, None, *nothing
     dh, dw, db = token_loss_backward(
-        g_logp, g_lse, g_entropy, hidden, weight, labels, bias, lse, entropy, ctx.softcap, ctx.scale, ctx.ignore,
+        g_logp, g_lse, g_entropy, hidden, weight, labels, bias, lse, rest, entropy, ctx.softcap, ctx.scale, ctx.ignore,
         want_dh, want_dw, want_db, ctx.chunk, ctx.backend,
     )  # fmt: skip
     return dh if want_dh else None, dw if want_dw else None, None, db if want_db else None, *nothing

@@ -14,7 +14,9 @@ dtype of x and then multiplies by w (result dtype: promotion of the two), "gemma
 (dtype of x).
 
 Bytes per element of x, s bytes each (the minimum: each input once, each output once; w and 4-byte row statistics
-aside): forward 2s (add: 4s), backward 3s (add: 4s, dx and dr being one tensor), plus H * (s + 4 * programs) for dw.
+aside): forward 2s (add: 4s), backward 3s (add: 4s, dx and dr being one tensor), plus H * (s + 4 * programs) for dw. Rows
+wider than MAX_WIDTH do not stay in registers and are read twice, or three times with dw: forward 3s (add: 5s), backward 5s
+(add: 6s), plus 2s for dw.
 """
 
 import torch
@@ -22,8 +24,8 @@ from torch import Tensor
 
 from . import dispatch
 
-# A row is one block of registers. Wider rows go to torch: at 32,768 columns the backward kernels spill (compiled for
-# sm_80 and sm_100), at 16,384 they do not.
+# A row is one block of registers. Wider ones are taken in blocks of columns (`triton_kernels.wide_norm`), because at
+# 32,768 columns the backward kernels would spill (compiled for sm_80 and sm_100); at 16,384 they do not.
 MAX_WIDTH = 16384
 # Elements that the torch path widens to fp32 at a time: 512 KiB a buffer.
 _BLOCK = 1 << 17
@@ -120,13 +122,23 @@ def _stat(x: Tensor) -> Tensor:
     return x.new_empty(_rows(x), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
+def _triton_rms_forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .triton_kernels import rms_norm, wide_norm
+
+    dtype = out_dtype(x, weight, casting)
+    if x.shape[-1] > MAX_WIDTH:
+        y, s, _, rstd = wide_norm.forward(x, residual, weight, None, eps, offset, casting, dtype)
+        return y, s, rstd
+    return rms_norm.forward(x, residual, weight, eps, offset, casting, dtype)
+
+
 @torch.library.custom_op("trebuchet::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, backend: str) -> tuple[Tensor, Tensor]:
     dispatch.count("rms_norm", backend)
     if backend == "triton":
-        from .triton_kernels import rms_norm as kernels
-
-        y, _, rstd = kernels.forward(x, None, weight, eps, offset, casting, out_dtype(x, weight, casting))
+        y, _, rstd = _triton_rms_forward(x, None, weight, eps, offset, casting)
         return y, rstd
     return rms_forward(x, weight, eps, offset, casting)
 
@@ -142,9 +154,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dispatch.count("add_rms_norm", backend)
     if backend == "triton":
-        from .triton_kernels import rms_norm as kernels
-
-        return kernels.forward(x, residual, weight, eps, offset, casting, out_dtype(x, weight, casting))
+        return _triton_rms_forward(x, residual, weight, eps, offset, casting)
     s = (x + residual).contiguous()
     y, rstd = rms_forward(s, weight, eps, offset, casting)
     return y, s, rstd
@@ -169,9 +179,11 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     dispatch.count("rms_norm_backward" if ds is None else "add_rms_norm_backward", backend)
     if backend == "triton":
-        from .triton_kernels import rms_norm as kernels
+        from .triton_kernels import rms_norm, wide_norm
 
-        return kernels.backward(dy, x, weight, rstd, ds, offset, casting, want_dw)
+        if x.shape[-1] > MAX_WIDTH:
+            return wide_norm.backward(dy, x, weight, None, rstd, ds, offset, casting, want_dw)[:2]
+        return rms_norm.backward(dy, x, weight, rstd, ds, offset, casting, want_dw)
     return rms_backward(dy, x, weight, rstd, ds, offset, casting, want_dw)
 
 
@@ -185,7 +197,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
     dispatch.count("layer_norm", backend)
     if backend == "triton":
         from .triton_kernels import layer_norm as kernels
+        from .triton_kernels import wide_norm
 
+        if x.shape[-1] > MAX_WIDTH:
+            y, _, mean, rstd = wide_norm.forward(x, None, weight, bias, eps, 0.0, "gemma", x.dtype)
+            return y, mean, rstd
         return kernels.forward(x, weight, bias, eps)
     return layer_forward(x, weight, bias, eps)
 
@@ -202,7 +218,10 @@ def layer_norm_backward(
     dispatch.count("layer_norm_backward", backend)
     if backend == "triton":
         from .triton_kernels import layer_norm as kernels
+        from .triton_kernels import wide_norm
 
+        if x.shape[-1] > MAX_WIDTH:
+            return wide_norm.backward(dy, x, weight, mean, rstd, None, 0.0, "gemma", want_dw)
         return kernels.backward(dy, x, weight, mean, rstd, want_dw)
     return layer_backward(dy, x, weight, mean, rstd, want_dw)
 

@@ -9,22 +9,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import as_rows, start
+from .launch import as_rows, exp, load_fp32, sigmoid, start, store_as
 
 
 @triton.jit
 def _activate(e, ACT: tl.constexpr):
     """act(e) and act'(e)."""
     if ACT == "silu":
-        sigma = tl.sigmoid(e)
+        sigma = sigmoid(e)
         return e * sigma, sigma * (1.0 + e * (1.0 - sigma))
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.math.erf(e * 0.7071067811865476))
-        return e * cdf, cdf + e * 0.3989422804014327 * tl.exp(-0.5 * e * e)
+        return e * cdf, cdf + e * 0.3989422804014327 * exp(-0.5 * e * e)
     else:
         u = 0.7978845608028654 * e * (1.0 + 0.044715 * e * e)
-        q = tl.exp(-2.0 * tl.abs(u))
-        s = 1.0 / (1.0 + q)
+        q = exp(-2.0 * tl.abs(u))
+        root = tl.rsqrt(1.0 + q)
+        s = root * root  # 1 / (1 + q)
         half = tl.where(u < 0.0, q * s, s)  # (1 + tanh u) / 2
         slope = 0.7978845608028654 * (1.0 + 0.134145 * e * e)
         # (1 - tanh^2 u) / 2 is 2 q s^2; 1 - half would lose its digits where half is nearly 1.
@@ -33,45 +34,46 @@ def _activate(e, ACT: tl.constexpr):
 
 @triton.jit
 def _place(blocks, BLOCK: tl.constexpr, FLAT: tl.constexpr):
-    """Row and columns of this program; FLAT: all elements are one row, and the division falls away."""
+    """Row and first column of this program; FLAT: all elements are one row, and the division falls away."""
     program = tl.program_id(0)
     if FLAT:
-        row = tl.zeros([], dtype=tl.int64)
-        col = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        row, first = tl.zeros([], dtype=tl.int64), program.to(tl.int64) * BLOCK
     else:
-        row = (program // blocks).to(tl.int64)
-        col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
-    return row, col
+        row, first = (program // blocks).to(tl.int64), (program % blocks).to(tl.int64) * BLOCK
+    return row, first
 
 
 @triton.jit
 def _forward(
-    e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g, ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr
-):
-    row, col = _place(blocks, BLOCK, FLAT)
-    mask = col < width
-    e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + row * stride_g + col, mask=mask, other=0.0).to(tl.float32)
+    e_ptr, g_ptr, h_ptr, width, blocks, stride_e, stride_g,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row, first = _place(blocks, BLOCK, FLAT)
+    col = tl.arange(0, BLOCK)
+    mask = first + col < width
+    e = load_fp32(e_ptr + (row * stride_e + first) + col, mask, EVEN)
+    g = load_fp32(g_ptr + (row * stride_g + first) + col, mask, EVEN)
     act, _ = _activate(e, ACT)
-    tl.store(h_ptr + row * width + col, (act * g).to(h_ptr.dtype.element_ty), mask=mask)
+    store_as(h_ptr + (row * width + first) + col, act * g, mask, EVEN)
 
 
 @triton.jit
 def _backward(
     dh_ptr, e_ptr, g_ptr, de_ptr, dg_ptr, h_ptr, width, blocks, stride_dh, stride_e, stride_g,
-    ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, WANT_H: tl.constexpr,
+    ACT: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, EVEN: tl.constexpr, WANT_H: tl.constexpr,
 ):  # fmt: skip
-    row, col = _place(blocks, BLOCK, FLAT)
-    mask = col < width
-    dh = tl.load(dh_ptr + row * stride_dh + col, mask=mask, other=0.0).to(tl.float32)
-    e = tl.load(e_ptr + row * stride_e + col, mask=mask, other=0.0).to(tl.float32)
-    g = tl.load(g_ptr + row * stride_g + col, mask=mask, other=0.0).to(tl.float32)
+    row, first = _place(blocks, BLOCK, FLAT)
+    col = tl.arange(0, BLOCK)
+    mask = first + col < width
+    dh = load_fp32(dh_ptr + (row * stride_dh + first) + col, mask, EVEN)
+    e = load_fp32(e_ptr + (row * stride_e + first) + col, mask, EVEN)
+    g = load_fp32(g_ptr + (row * stride_g + first) + col, mask, EVEN)
     act, slope = _activate(e, ACT)
-    out = row * width + col
-    tl.store(de_ptr + out, (dh * g * slope).to(de_ptr.dtype.element_ty), mask=mask)
-    tl.store(dg_ptr + out, (dh * act).to(dg_ptr.dtype.element_ty), mask=mask)
+    out = row * width + first
+    store_as(de_ptr + out + col, dh * g * slope, mask, EVEN)
+    store_as(dg_ptr + out + col, dh * act, mask, EVEN)
     if WANT_H:
-        tl.store(h_ptr + out, (act * g).to(h_ptr.dtype.element_ty), mask=mask)
+        store_as(h_ptr + out + col, act * g, mask, EVEN)
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:
@@ -89,7 +91,8 @@ def forward(e: Tensor, g: Tensor, activation: str) -> Tensor:
     blocks = triton.cdiv(e2d.shape[1], settings["block"])
     start(
         _forward, blocks * len(e2d), e2d, g2d, h, e2d.shape[1], blocks, e2d.stride(0), g2d.stride(0),
-        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, warps=settings["warps"],
+        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, EVEN=e2d.shape[1] % settings["block"] == 0,
+        registers=settings["registers"] if activation == "silu" and e.element_size() == 2 else None, warps=settings["warps"],
     )  # fmt: skip
     return h
 
@@ -103,7 +106,7 @@ def backward(dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool) ->
     start(
         _backward, blocks * len(e2d), dh2d, e2d, g2d, de, dg, h, e2d.shape[1], blocks,
         dh2d.stride(0), e2d.stride(0), g2d.stride(0),
-        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, WANT_H=want_h,
+        ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, EVEN=e2d.shape[1] % settings["block"] == 0, WANT_H=want_h,
         warps=settings["warps"],
     )  # fmt: skip
     return de, dg, h

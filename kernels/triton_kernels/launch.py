@@ -40,6 +40,19 @@ def load_fp32(ptr, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def exp(x):
+    """e^x through exp2, which flushes results below 1e-38: `tl.exp` keeps them, at four more instructions an element."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x); the reciprocal as the square of rsqrt, one instruction where a division takes eight or more."""
+    root = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    return root * root
+
+
+@triton.jit
 def store_as(ptr, value, mask, EVEN: tl.constexpr):
     """Round to the dtype of the target and store."""
     if EVEN:
@@ -59,9 +72,12 @@ def record() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def start(kernel: Any, programs: int, *args: Any, warps: int, **options: Any) -> None:
-    """Run `kernel` on a grid of `programs` (one axis, so no 65,535 limit) on the device of its first tensor."""
+def start(kernel: Any, programs: int, *args: Any, warps: int, registers: int | None = None, **options: Any) -> None:
+    """Run `kernel` on a grid of `programs` (one axis, so no 65,535 limit) on the device of its first tensor. `registers`
+    bounds those of a thread (NVIDIA only; Triton's ROCm backend has no such option)."""
     options["num_warps"] = warps
+    if registers is not None and torch.version.hip is None:
+        options["maxnreg"] = registers
     # Triton 3.10 changes the default; what is fused decides rounding, so it is said here.
     options.setdefault("enable_fp_fusion", True)
     if _recorded is not None:

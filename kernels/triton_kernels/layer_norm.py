@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..launch_table import TABLE
 from .launch import as_rows, load_fp32, row_block, start, store_as
-from .rms_norm import split_rows
+from .partials import split_rows, store_partial, sum_partials
 
 
 @triton.jit
@@ -86,14 +86,9 @@ def _backward(
             dw += dy * xhat
             db += dy
     if DW:
-        programs = tl.num_programs(0)
-        if ROWS == 1:
-            tl.store(dw_ptr + program * H + col, dw, mask=col < H)
-            tl.store(dw_ptr + (programs + program) * H + col, db, mask=col < H)
-        else:
-            out = tl.arange(0, BLOCK)
-            tl.store(dw_ptr + program * H + out, tl.sum(dw, axis=0), mask=out < H)
-            tl.store(dw_ptr + (programs + program) * H + out, tl.sum(db, axis=0), mask=out < H)
+        HALVES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
+        store_partial(dw_ptr + program * H, dw, H, BLOCK, ROWS, HALVES)
+        store_partial(dw_ptr + (tl.num_programs(0) + program) * H, db, H, BLOCK, ROWS, HALVES)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,9 +117,9 @@ def backward(
     start(
         _backward, programs, dy2d, x2d, weight.contiguous(), mean, rstd, dx, partial, len(x2d), share,
         dy2d.stride(0), x2d.stride(0), H=width, BLOCK=block, ROWS=rows, DW=want_dw,
-        warps=max(warps, min(16, 2 * warps)) if want_dw else warps,
+        warps=warps,
     )  # fmt: skip
     if not want_dw:
         return dx, weight.new_empty(0), weight.new_empty(0)
-    dw, db = partial.sum(1).to(weight.dtype).unbind()
-    return dx, dw.clone(), db.clone()
+    dw, db = (sum_partials(part, x, rows).to(weight.dtype) for part in partial)
+    return dx, dw, db

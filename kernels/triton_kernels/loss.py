@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import start
+from .launch import exp, start
 
 
 @triton.jit
@@ -34,6 +34,7 @@ def _stats(
     label_ptr,  # [rows] int64
     logp_ptr,  # [rows] fp32
     lse_ptr,  # [rows] fp32
+    rest_ptr,  # [rows] fp32
     entropy_ptr,  # [rows] fp32, written only if ENTROPY
     argmax_ptr,  # [rows] int64, written only if ARGMAX
     vocab,
@@ -44,44 +45,72 @@ def _stats(
     SCALE: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     z_row = z_ptr + row * stride
-    # A finite start instead of -inf: highest - new below must not become inf - inf.
-    highest, total, weighted = -3.0e38, 0.0, 0.0
-    best, best_at = -float("inf"), 0
-    for first in range(0, vocab, BLOCK):
-        col = first + tl.arange(0, BLOCK)
+    at = (
+        tl.arange(0, PARTS)[:, None, None] * (LANES * WIDTH)
+        + tl.arange(0, LANES)[None, :, None] * WIDTH
+        + tl.arange(0, WIDTH)[None, None, :]
+    )
+    # A finite start instead of -inf: top - new below must not become inf - inf.
+    top = tl.full([LANES], -3.0e38, dtype=tl.float32)
+    total, weighted = tl.zeros([LANES], dtype=tl.float32), tl.zeros([LANES], dtype=tl.float32)
+    best_at = tl.zeros([LANES], dtype=tl.int32)
+    for first in range(0, vocab, PARTS * LANES * WIDTH):
+        col = first + at
         z = tl.load(z_row + col, mask=col < vocab, other=-float("inf")).to(tl.float32)
         if CAP or SCALE:
             # The cap would make the masked -inf finite, a negative scale +inf.
             z, _ = _cap(z, softcap, scale, CAP, SCALE)
             z = tl.where(col < vocab, z, -float("inf"))
-        block_max = tl.max(z, axis=0)
+        new = tl.maximum(top, _over_lanes(z, "max"))
         if ARGMAX:
-            block_at = first + tl.argmax(z, axis=0)
-            best_at = tl.where(block_max > best, block_at, best_at)
-            best = tl.maximum(best, block_max)
-        new = tl.maximum(highest, block_max)
-        shrink = tl.exp(highest - new)
-        e = tl.exp(z - new)
+            found = _over_lanes(tl.where(z == new[None, :, None], col, 2147483647), "min")
+            best_at = tl.where(new > top, found, best_at)
+        below = z - new[None, :, None]
+        e = exp(below)
+        shrink = exp(top - new)
         if ENTROPY:
-            moved = tl.where(total > 0.0, (highest - new) * total, 0.0)
-            weighted = shrink * (weighted + moved) + tl.sum(tl.where(e > 0.0, e * (z - new), 0.0), axis=0)
-        total = total * shrink + tl.sum(e, axis=0)
-        highest = new
-    lse = highest + tl.log(total)
+            moved = tl.where(total > 0.0, (top - new) * total, 0.0)
+            weighted = shrink * (weighted + moved) + _over_lanes(tl.where(e > 0.0, e * below, 0.0), "sum")
+        total = total * shrink + _over_lanes(e, "sum")
+        top = new
+    highest = tl.max(top, axis=0)
+    shrink = exp(top - highest)
+    if ENTROPY:
+        moved = tl.where(total > 0.0, (top - highest) * total, 0.0)
+        weighted_all = tl.sum(shrink * (weighted + moved), axis=0)
+    sum_all = tl.sum(total * shrink, axis=0)
+    log_sum = tl.log(sum_all)
+    lse = highest + log_sum
     label = tl.load(label_ptr + row)
     inside = (label >= 0) & (label < vocab)
     z_label = tl.load(z_row + label, mask=inside, other=float("nan")).to(tl.float32)
     z_label, _ = _cap(z_label, softcap, scale, CAP, SCALE)
-    tl.store(logp_ptr + row, z_label - lse)
+    tl.store(logp_ptr + row, (z_label - highest) - log_sum)
     tl.store(lse_ptr + row, lse)
+    # What rounding takes from lse, so that the gradient keeps its digits at logits of 1e4.
+    tl.store(rest_ptr + row, (highest - lse) + log_sum)
     if ENTROPY:
-        tl.store(entropy_ptr + row, tl.log(total) - weighted / total)
+        tl.store(entropy_ptr + row, log_sum - weighted_all / sum_all)
     if ARGMAX:
-        tl.store(argmax_ptr + row, best_at)
+        best_at = tl.where(top == highest, best_at, 2147483647)
+        tl.store(argmax_ptr + row, tl.min(best_at, axis=0).to(tl.int64))
+
+
+@triton.jit
+def _over_lanes(x, HOW: tl.constexpr):
+    """[LANES] of x [PARTS, LANES, WIDTH]: all elements that one thread holds, so nothing is exchanged."""
+    if HOW == "max":
+        return tl.max(tl.max(x, axis=2), axis=0)
+    elif HOW == "min":
+        return tl.min(tl.min(x, axis=2), axis=0)
+    else:
+        return tl.sum(tl.sum(x, axis=2), axis=0)
 
 
 @triton.jit
@@ -90,6 +119,7 @@ def _gradient(
     out_ptr,  # [rows, V]; may be z_ptr
     label_ptr,  # [rows] int64
     lse_ptr,  # [rows] fp32
+    rest_ptr,  # [rows] fp32
     entropy_ptr,  # [rows] fp32, read only with G_ENTROPY
     g_logp_ptr,  # [rows] fp32 each, read only with their flag
     g_lse_ptr,
@@ -109,50 +139,75 @@ def _gradient(
 ):
     program = tl.program_id(0)
     row = (program // blocks).to(tl.int64)
-    col = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
+    first = (program % blocks) * BLOCK
+    col = first + tl.arange(0, BLOCK)
     mask = col < vocab
-    z = tl.load(z_ptr + row * stride + col, mask=mask, other=0.0).to(tl.float32)
-    z, slope = _cap(z, softcap, scale, CAP, SCALE)
-    lse = tl.load(lse_ptr + row)
-    p = tl.exp(z - lse)
-    factor = 0.0
-    if G_LOGP:
-        g_logp = tl.load(g_logp_ptr + row)
-        factor -= g_logp
+    z_row, out_row = z_ptr + row * stride, out_ptr + row * stride_out
+    z = tl.load(z_row + col, mask=mask, other=0.0).to(tl.float32)
+    lse, rest = tl.load(lse_ptr + row), tl.load(rest_ptr + row)
+    factor, g_entropy, entropy = 0.0, 0.0, 0.0
     if G_LSE:
         factor += tl.load(g_lse_ptr + row)
     if G_ENTROPY:
-        surprise = tl.where(p > 0.0, z - lse, 0.0)
-        dz = p * (factor - tl.load(g_entropy_ptr + row) * (surprise + tl.load(entropy_ptr + row)))
-    else:
-        dz = p * factor
+        g_entropy, entropy = tl.load(g_entropy_ptr + row), tl.load(entropy_ptr + row)
     if G_LOGP:
-        dz += tl.where(col == tl.load(label_ptr + row).to(tl.int32), g_logp, 0.0)
+        g_logp = tl.load(g_logp_ptr + row)
+        factor -= g_logp
+        # The label's logit by itself, so that no lane compares its column: read before, written after the block's.
+        label = tl.load(label_ptr + row)
+        here = (label >= first) & (label < first + BLOCK) & (label < vocab)
+        z_label = tl.load(z_row + label, mask=here, other=0.0).to(tl.float32)
+        dz_label, slope = _through_softmax(
+            z_label, lse, rest, factor, g_entropy, entropy, softcap, scale, CAP, SCALE, G_ENTROPY
+        )
+        dz_label += g_logp * slope
+        tl.debug_barrier()
+    dz, _ = _through_softmax(z, lse, rest, factor, g_entropy, entropy, softcap, scale, CAP, SCALE, G_ENTROPY)
+    tl.store(out_row + col, dz.to(out_ptr.dtype.element_ty), mask=mask)
+    if G_LOGP:
+        tl.debug_barrier()
+        tl.store(out_row + label, dz_label.to(out_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _through_softmax(
+    z, lse, rest, factor, g_entropy, entropy, softcap, scale,
+    CAP: tl.constexpr, SCALE: tl.constexpr, G_ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """The gradient without the label's part, and the slope of scale and cap."""
+    z, slope = _cap(z, softcap, scale, CAP, SCALE)
+    p = exp(z - lse)  # still to be times exp(-rest), which the factor carries
+    if G_ENTROPY:
+        surprise = tl.where(p > 0.0, (z - lse) - rest, 0.0)
+        dz = p * ((factor - g_entropy * (surprise + entropy)) * exp(-rest))
+    else:
+        dz = p * (factor * exp(-rest))
     if CAP or SCALE:
         dz *= slope
-    tl.store(out_ptr + row * stride_out + col, dz.to(out_ptr.dtype.element_ty), mask=mask)
+    return dz, slope
 
 
 def stats(
     z: Tensor, labels: Tensor, softcap: float | None, scale: float, want_entropy: bool, want_argmax: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logp, lse, entropy [rows] in fp32 and argmax [rows] int64 (the last two empty unless wanted)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """logp, lse, entropy [rows] in fp32, argmax [rows] int64 (these two empty unless wanted), and what lse lost when it
+    was rounded, [rows] fp32."""
     z, labels = z if z.stride(-1) == 1 else z.contiguous(), labels.contiguous()
     rows, vocab = z.shape
-    logp, lse = z.new_empty(rows, dtype=torch.float32), z.new_empty(rows, dtype=torch.float32)
+    logp, lse, rest = (z.new_empty(rows, dtype=torch.float32) for _ in range(3))
     entropy = z.new_empty(rows if want_entropy else 0, dtype=torch.float32)
     argmax = labels.new_empty(rows if want_argmax else 0)
     settings = TABLE["loss_stats"]
     start(
-        _stats, rows, z, labels, logp, lse, entropy, argmax, vocab, z.stride(0), softcap or 1.0, scale,
+        _stats, rows, z, labels, logp, lse, rest, entropy, argmax, vocab, z.stride(0), softcap or 1.0, scale,
         CAP=softcap is not None, SCALE=scale != 1.0, ENTROPY=want_entropy, ARGMAX=want_argmax,
-        BLOCK=settings["block"], warps=settings["warps"],
+        PARTS=settings["parts"], LANES=32 * settings["warps"], WIDTH=16 // z.element_size(), warps=settings["warps"],
     )  # fmt: skip
-    return logp, lse, entropy, argmax
+    return logp, lse, entropy, argmax, rest
 
 
 def gradient(
-    z: Tensor, labels: Tensor, lse: Tensor, entropy: Tensor | None, grads: tuple[Tensor | None, ...],
+    z: Tensor, labels: Tensor, lse: Tensor, rest: Tensor, entropy: Tensor | None, grads: tuple[Tensor | None, ...],
     softcap: float | None, scale: float, *, out: Tensor,
 ) -> None:  # fmt: skip
     """out <- the gradient with respect to the logits, given the upstream gradients of (logp, lse, entropy)."""
@@ -163,7 +218,7 @@ def gradient(
     blocks = triton.cdiv(vocab, settings["block"])
     unused = lse
     start(
-        _gradient, rows * blocks, z, out, labels, lse, unused if entropy is None else entropy,
+        _gradient, rows * blocks, z, out, labels, lse, rest, unused if entropy is None else entropy,
         *(unused if g is None else g for g in (g_logp, g_lse, g_entropy)),
         vocab, blocks, z.stride(0), out.stride(0), softcap or 1.0, scale,
         CAP=softcap is not None, SCALE=scale != 1.0,

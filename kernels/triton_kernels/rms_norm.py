@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..launch_table import TABLE
 from .launch import as_rows, load_fp32, row_block, start, store_as
+from .partials import split_rows, store_partial, sum_partials
 
 
 @triton.jit
@@ -105,12 +106,7 @@ def _backward(
                 xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
             dw += dy * xhat
     if DW:
-        # A tile of one row needs no reduction; `tl.sum` over it would still stage [1, BLOCK] through shared memory.
-        if ROWS == 1:
-            tl.store(dw_ptr + program * H + col, dw, mask=col < H)
-        else:
-            out = tl.arange(0, BLOCK)
-            tl.store(dw_ptr + program * H + out, tl.sum(dw, axis=0), mask=out < H)
+        store_partial(dw_ptr + program * H, dw, H, BLOCK, ROWS, x_ptr.dtype.element_ty.primitive_bitwidth == 16)
 
 
 def forward(
@@ -148,12 +144,6 @@ def backward(
         dy2d.stride(0), x2d.stride(0), ds2d.stride(0), offset,
         H=width, BLOCK=block, ROWS=rows, ADD=ds is not None, OFFSET=offset != 0.0,
         LLAMA=casting == "llama", DW=want_dw,
-        warps=min(32, 2 * warps) if want_dw else warps,
+        warps=warps, registers=table["registers_dw"] if want_dw and x.element_size() == 2 else None,
     )  # fmt: skip
-    return dx, dw.sum(0).to(weight.dtype) if want_dw else weight.new_empty(0)
-
-
-def split_rows(total: int, rows: int, programs: int) -> tuple[int, int]:
-    """(rows of one program, programs): at most `programs`, whole blocks of `rows` each."""
-    share = triton.cdiv(triton.cdiv(total, rows), programs) * rows
-    return share, triton.cdiv(total, share) if total else 0
+    return dx, sum_partials(dw, x, rows).to(weight.dtype) if want_dw else weight.new_empty(0)

@@ -1,8 +1,11 @@
 """Triton kernel of rotary embedding for q and k together (mathematics and bytes: `rope`).
 
-One program per token: the angles are read once and used for every head. Heads are taken in groups whose halves fill
-the registers of the block; the number of warps is chosen so that even the group of k, the smaller one, loads 128 bits
-a thread.
+One program turns `BLOCK` pairs of channels of one token in all its heads, so the angles are read once; a token takes one
+program or several. Heads are taken in groups that give each thread 128 bits in 16-bit types. The angles of a block are
+fewer than the threads: each thread then loads its own, and nothing goes through shared memory.
+
+Where x and the angles have one 16-bit type, products and sums are formed in it, two in an instruction, as eager torch does;
+with one rounding less than eager, because the second product and the sum are one.
 """
 
 import torch
@@ -10,32 +13,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dispatch import interpreting
 from ..launch_table import TABLE
-from .launch import load_fp32, start, store_as
+from .launch import start, store_as
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, out_ptr, stride_x, stride_out, cos, sin, TIGHT: tl.constexpr, TIGHT_OUT: tl.constexpr,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
-    REST: tl.constexpr,
+    x_ptr, out_ptr, stride_x, stride_out, cos, sin, TIGHT: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, FIRST, HALF: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr,
+    REST: tl.constexpr, CONJUGATE: tl.constexpr,
 ):  # fmt: skip
-    col = tl.arange(0, BLOCK)[None, :]
-    EVEN: tl.constexpr = HEADS % GROUP == 0 and HALF == BLOCK
-    for first in range(0, HEADS, GROUP):
+    col = FIRST + tl.arange(0, BLOCK)[None, :]
+    EVEN: tl.constexpr = HEADS % GROUP == 0 and HALF % BLOCK == 0
+    for first in tl.static_range(0, HEADS, GROUP):
         head = first + tl.arange(0, GROUP)[:, None]
         mask = (head < HEADS) & (col < HALF)
         # Heads side by side (the usual [B, T, heads, D] in memory): offsets become constants of the code.
         row_in = head * D if TIGHT else head.to(tl.int64) * stride_x
-        row_out = head * D if TIGHT_OUT else head.to(tl.int64) * stride_out
+        row_out = head * D if TIGHT else head.to(tl.int64) * stride_out
         source, target = x_ptr + row_in + col, out_ptr + row_out + col
-        a, b = load_fp32(source, mask, EVEN), load_fp32(source + HALF, mask, EVEN)
-        store_as(target, a * cos - b * sin, mask, EVEN)
-        store_as(target + HALF, b * cos + a * sin, mask, EVEN)
+        a, b = _load(source, mask, cos.dtype, EVEN), _load(source + HALF, mask, cos.dtype, EVEN)
+        store_as(target, a * cos + b * sin if CONJUGATE else a * cos - b * sin, mask, EVEN)
+        store_as(target + HALF, b * cos - a * sin if CONJUGATE else b * cos + a * sin, mask, EVEN)
         if D > 2 * HALF:
             rest = 2 * HALF + tl.arange(0, REST)[None, :]
-            mask = (head < HEADS) & (rest < D)
+            mask = (head < HEADS) & (rest < tl.where(FIRST == 0, D, 0))  # by the token's first program
             tl.store(out_ptr + row_out + rest, tl.load(x_ptr + row_in + rest, mask=mask), mask=mask)
+
+
+@triton.jit
+def _load(ptr, mask, dtype: tl.constexpr, EVEN: tl.constexpr):
+    if EVEN:
+        value = tl.load(ptr)
+    else:
+        value = tl.load(ptr, mask=mask, other=0.0)
+    return value.to(dtype)
+
+
+@triton.jit
+def _offset(b, stride_b, t, stride_t, FLAT: tl.constexpr):
+    """b stride_b + t stride_t in 64 bits (FLAT: b is 0); strides are not negative, so that unsigned products of 32 bits do."""
+    zero = tl.zeros([], dtype=tl.uint32)
+    offset = t.to(tl.uint64) * (zero + stride_t).to(tl.uint64)
+    if not FLAT:
+        offset += b.to(tl.uint64) * (zero + stride_b).to(tl.uint64)
+    return offset.to(tl.int64)
+
+
+@triton.jit
+def _angles(ptr, FIRST, HALF: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    col = FIRST + tl.arange(0, BLOCK)
+    angles = tl.load(ptr + col, mask=col < HALF)
+    if WIDE:
+        angles = angles.to(tl.float32)
+    return angles[None, :]
 
 
 @triton.jit
@@ -47,22 +79,28 @@ def _rope(
     tokens_per_row,
     q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h, qo_t, ko_b, ko_h, ko_t, cos_b, cos_t,
     HQ: tl.constexpr, HK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    GROUP_Q: tl.constexpr, GROUP_K: tl.constexpr, REST: tl.constexpr,
-    TIGHT_Q: tl.constexpr, TIGHT_K: tl.constexpr, TIGHT_QO: tl.constexpr, TIGHT_KO: tl.constexpr,
-    TABLE_LOOKUP: tl.constexpr, CONJUGATE: tl.constexpr,
+    GROUP: tl.constexpr, REST: tl.constexpr, TIGHT: tl.constexpr,
+    TABLE_LOOKUP: tl.constexpr, CONJUGATE: tl.constexpr, WIDE: tl.constexpr, SAME: tl.constexpr, FLAT: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
-    b, t = (token // tokens_per_row).to(tl.int64), (token % tokens_per_row).to(tl.int64)
-    angle = tl.load(pos_ptr + token).to(tl.int64) * cos_t if TABLE_LOOKUP else b * cos_b + t * cos_t
-    col = tl.arange(0, BLOCK)
-    cos = tl.load(cos_ptr + angle + col, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(sin_ptr + angle + col, mask=col < HALF, other=0.0).to(tl.float32)[None, :]
-    if CONJUGATE:
-        sin = -sin
-    q, qo = q_ptr + b * q_b + t * q_t, qo_ptr + b * qo_b + t * qo_t
-    k, ko = k_ptr + b * k_b + t * k_t, ko_ptr + b * ko_b + t * ko_t
-    _rotate_heads(q, qo, q_h, qo_h, cos, sin, TIGHT_Q, TIGHT_QO, HQ, GROUP_Q, HALF, BLOCK, D, REST)
-    _rotate_heads(k, ko, k_h, ko_h, cos, sin, TIGHT_K, TIGHT_KO, HK, GROUP_K, HALF, BLOCK, D, REST)
+    CHUNKS: tl.constexpr = (HALF + BLOCK - 1) // BLOCK
+    program = tl.program_id(0).to(tl.uint32)  # unsigned division by CHUNKS is a shift
+    token, first = program // CHUNKS, program % CHUNKS * BLOCK
+    if FLAT:
+        b, t = 0, token
+    else:
+        per_row = tl.cast(tokens_per_row, tl.uint32)
+        b, t = token // per_row, token % per_row
+    if TABLE_LOOKUP:
+        angle = tl.load(pos_ptr + token).to(tl.int64) * cos_t
+    else:
+        angle = _offset(b, cos_b, t, cos_t, FLAT)
+    at_q, at_k = _offset(b, q_b, t, q_t, FLAT), _offset(b, k_b, t, k_t, FLAT)
+    q, k = q_ptr + at_q, k_ptr + at_k
+    qo = qo_ptr + (at_q if SAME else _offset(b, qo_b, t, qo_t, FLAT))
+    ko = ko_ptr + (at_k if SAME else _offset(b, ko_b, t, ko_t, FLAT))
+    cos, sin = _angles(cos_ptr + angle, first, HALF, BLOCK, WIDE), _angles(sin_ptr + angle, first, HALF, BLOCK, WIDE)
+    _rotate_heads(q, qo, q_h, qo_h, cos, sin, TIGHT, HQ, GROUP, first, HALF, BLOCK, D, REST, CONJUGATE)
+    _rotate_heads(k, ko, k_h, ko_h, cos, sin, TIGHT, HK, GROUP, first, HALF, BLOCK, D, REST, CONJUGATE)
 
 
 def launch(
@@ -71,26 +109,36 @@ def launch(
     """Rotated q and k, new tensors with the strides of their inputs where those are dense."""
     q_out, k_out = torch.empty_like(q), torch.empty_like(k)
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    cos, sin = cos.contiguous(), sin.contiguous()
+    half, cos, sin = cos.shape[-1] // 2, cos.contiguous(), sin.contiguous()
     batch, q_heads, tokens, width = q.shape
-    half = cos.shape[-1] // 2
-    block = triton.next_power_of_2(half)
-    # 256 elements a warp are 8 a thread: 128 bits in 16-bit types.
-    warps = max(1, min(4, triton.next_power_of_2(k.shape[1]) * block // 256))
-    group = max(1, TABLE["rope"]["elements_per_warp"] * warps // block)
+    table = TABLE["rope"]
+    block = min(table["block"], triton.next_power_of_2(half))
+    group = max(1, table["elements"] // block)
     if positions is not None:
         cos_strides = (0, cos.stride(0))
         positions = positions.contiguous()
     else:
         cos_strides = (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1))
+    heads = ((q, q_out), (k, k_out))
     start(
-        _rope, batch * tokens, q, k, q_out, k_out, cos, sin, positions if positions is not None else cos, tokens,
+        _rope, batch * tokens * triton.cdiv(half, block), q, k, q_out, k_out, cos, sin,
+        positions if positions is not None else cos, tokens,
         *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *cos_strides,
-        HQ=q_heads, HK=k.shape[1], D=width, HALF=half, BLOCK=block,
-        GROUP_Q=min(group, triton.next_power_of_2(q_heads)), GROUP_K=min(group, triton.next_power_of_2(k.shape[1])),
+        HQ=q_heads, HK=k.shape[1], D=width, HALF=half, BLOCK=block, GROUP=group,
         REST=triton.next_power_of_2(max(width - 2 * half, 1)),
-        TIGHT_Q=q.stride(1) == width, TIGHT_K=k.stride(1) == width,
-        TIGHT_QO=q_out.stride(1) == width, TIGHT_KO=k_out.stride(1) == width, TABLE_LOOKUP=positions is not None,
-        CONJUGATE=conjugate, warps=warps,
+        TIGHT=all(x.stride(1) == width for pair in heads for x in pair),
+        SAME=all(x.stride() == out.stride() for x, out in heads),
+        FLAT=batch == 1
+        or (
+            (positions is not None or len(cos) == batch)
+            and all(x.stride(0) == tokens * x.stride(2) for pair in heads for x in pair)
+        ),
+        TABLE_LOOKUP=positions is not None, CONJUGATE=conjugate, WIDE=_wide(q, k, cos), warps=table["warps"],
     )  # fmt: skip
     return q_out, k_out
+
+
+def _wide(q: Tensor, k: Tensor, cos: Tensor) -> bool:
+    """Whether to compute in fp32: mixed dtypes, as torch promotes them; and bf16 in the interpreter, which cannot."""
+    one_type = q.dtype == k.dtype == cos.dtype
+    return not one_type or (q.dtype == torch.bfloat16 and interpreting())

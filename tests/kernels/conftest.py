@@ -15,7 +15,8 @@ import trebuchet.kernels.triton_kernels.layer_norm
 import trebuchet.kernels.triton_kernels.loss
 import trebuchet.kernels.triton_kernels.nf4
 import trebuchet.kernels.triton_kernels.rms_norm
-import trebuchet.kernels.triton_kernels.rope  # noqa: F401
+import trebuchet.kernels.triton_kernels.rope
+import trebuchet.kernels.triton_kernels.wide_norm  # noqa: F401
 
 # The kernels above are bound to the interpreter now. Processes that other folders' tests start must not inherit the
 # switch.

@@ -49,7 +49,7 @@ def launches() -> dict[str, Callable[[], object]]:
         "rope heads first": lambda: rope.launch(far, k[:, :, :64], angles[:, :64], angles[:, :64], None, False),
         "rope": lambda: rope.launch(q, k, angles, angles, None, False),
         "loss statistics": lambda: loss.stats(z, labels, None, 1.0, False, False),
-        "loss gradient": lambda: loss.gradient(z, labels, lse, None, (lse, None, None), None, 1.0, out=z),
+        "loss gradient": lambda: loss.gradient(z, labels, lse, lse, None, (lse, None, None), None, 1.0, out=z),
         "nf4_dequantize": lambda: nf4.dequantize(
             big, small, code[:16], None, None, None, (numel,), torch.float16, 64, 256
         ),

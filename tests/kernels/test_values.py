@@ -165,6 +165,22 @@ def test_error_against_float64(name: str, backend: str, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", [n for n in CASES if "norm" in n])
+def test_rows_wider_than_one_block(name: str, backend: str) -> None:
+    """Beyond 16,384 columns the kernels walk over the row in blocks; the last one here holds 5 columns."""
+    torch.manual_seed(0)
+    case, errors, width = CASES[name], Errors(), 4 * 4096 + 5
+    inputs = [x.half().double() for x in case.inputs(3, width)]
+    K.reset_calls()
+    with K.force_backend(backend):
+        ours = run(case.ours, inputs, torch.float16, case.fixed)
+    assert {b for counts in K.calls().values() for b in counts} == {backend}
+    eager = run(case.eager, inputs, torch.float16, case.fixed)
+    errors.add(ours, eager, run(case.eager, inputs, torch.float64, case.fixed))
+    errors.check(torch.finfo(torch.float16).eps)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16(name: str, backend: str) -> None:
     """Storage in bf16: arithmetic must happen in fp32 (native bf16 arithmetic is garbage in the interpreter)."""
