@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from .cli_cluster import add_cluster
-from .cli_data import add_data
+from .cli_data import add_convert, add_data
 
 EPILOG = """A run needs two lines of YAML:
     model: Qwen/Qwen2.5-0.5B-Instruct
@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     data = verbs.add_parser("data", help="prepare the training data ahead of a run")
     add_data(partial(verb, under=data.add_subparsers(required=True, metavar="VERB")))
     add_cluster(verb)
+    add_convert(verb)
     verb("config-schema", _schema, "JSON schema of the YAML, for editors")
     return top
 

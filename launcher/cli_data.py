@@ -42,6 +42,51 @@ def _positive(text: str) -> int:
     return number
 
 
+def add_convert(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    convert = verb(
+        "convert",
+        _convert,
+        "an axolotl, LlamaFactory or TRL YAML into ours, with a line for every key not carried",
+        json=True,
+    )
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument(
+        "--from",
+        choices=("axolotl", "llamafactory", "trl"),
+        dest="origin",
+        help="whose YAML it is; default: by its keys",
+    )
+    convert.add_argument("--objective", metavar="NAME", help="sft, dpo, kto, …, where the file does not say it")
+    convert.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="devices that it was written for, for the global batch"
+    )
+    convert.add_argument("--output", metavar="FILE", help="write the YAML there instead of printing it")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .convert import convert
+
+    made = convert(options.file, format=options.origin, objective=options.objective, gpus=options.gpus)
+    if options.json:
+        found = {"format": made.format, "config": made.tree, "carried": made.carried, "lines": made.lines}
+        print(json.dumps(found | {"empty": made.empty}, indent=1, ensure_ascii=False))
+        return 0
+    said = [f"# {len(made.carried)} keys of {made.format} carried"]
+    if made.lines:
+        said += ["# not carried, or not just so:", *(f"#   {line}" for line in made.lines)]
+    if made.empty:
+        said.append(f"# without a value: {', '.join(made.empty)}")
+    if options.output:
+        from .record import write_atomically
+
+        write_atomically(Path(options.output), made.text())
+        print("\n".join([*said, f"# written: {options.output}"]))
+    else:
+        print("\n".join(said), file=sys.stderr)
+        print(made.text(), end="")
+    return 0
+
+
 def _prepare(options: argparse.Namespace) -> int:
     from . import data_verbs
     from .errors import UserError
