@@ -62,7 +62,7 @@ def read_meta(folder: Path) -> dict[str, Any] | None:
 
 
 def remove(folder: Path) -> None:
-    """An entry that is no longer needed; one that another process reads stays mapped there."""
+    """An entry that is no longer needed, if there is one; a process that reads it keeps what it has mapped."""
     with contextlib.suppress(OSError):
         gone = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:12]}")
         os.rename(folder, gone)

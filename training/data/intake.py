@@ -121,10 +121,10 @@ class Intake:
         total, parts = _Counts(), []
         for block in samples.blocks():
             name = f"{key}-{block.number}"
+            parts.append(name)
             if part := open_store(self.cache, name):
                 writer.append(part)
                 total.add(part.meta)
-                parts.append(name)
             else:
                 total.add(self._block(writer, block))
         if not self.skip_bad_rows:

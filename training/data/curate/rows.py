@@ -85,11 +85,11 @@ class Maker:
         try:
             for block in samples.blocks():
                 name = self.cache / f"{key}-{block.number}"
+                parts.append(name)
                 if part := open_sheet(name):
                     writer.append(part)
                     rows += part.meta["rows"]
                     bad.merge(*part.meta["bad"])
-                    parts.append(name)
                 else:
                     self._block(writer, block, filtered)
                     rows += block.rows
