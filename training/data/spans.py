@@ -4,8 +4,8 @@ Three ways, tried in this order, and a row for which none holds is refused; noth
   generation    the template's own `{% generation %}` blocks
   incremental   turn k is what lies between the rendering of turns 0..k-1 with the generation prompt and that of turns
                 0..k; both must be prefixes of the whole, and the part between must begin with the turn's content
-  sentinel      every content replaced by a unique word; the skeleton with the real contents put back (as they are, or
-                stripped) must equal the real rendering
+  sentinel      for the turns not found so: every content replaced by a unique word; the skeleton with the real contents
+                put back (as they are, or stripped) must equal the real rendering
 A span ends with the end token: the first special token after the content. Template text after it (the newline of
 ChatML) is not something the model has to produce, so it is left out.
 
@@ -17,14 +17,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from types import MappingProxyType
 
 from .readers import RowError
 from .rendering import Renderer
 from .turns import Chat, Message
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # keys of a message that templates write before its content
 _WORD = "qZ{}xJw"
 _WORDS = re.compile(r"qZ(\d+)xJw")
 
@@ -86,18 +88,17 @@ def one_by_one(
     inner = [(i, k) for i, k in places if k + 1 < len(chats[i].messages)]
     parts = renderer.render([chats[i].messages[: k + 1] for i, k in inner], [chats[i].tools for i, _ in inner])
     upto = dict(zip(inner, parts, strict=True))
-    found: dict[int, list[tuple[int, int]] | None] = {}
+    found: dict[int, dict[int, tuple[int, int]]] = {i: {} for i in range(len(chats))}
     for (i, k), start in zip(places, before, strict=True):
         span = _between(texts[i], start, upto.get((i, k), texts[i]), chats[i].messages[k], specials)
-        spans = found.setdefault(i, [])
-        found[i] = None if span is None or spans is None else [*spans, span]
+        if span is not None:
+            found[i][k] = span
     out: list[Rendered | RowError] = []
     for i, (chat, text) in enumerate(zip(chats, texts, strict=True)):
-        spans = found.get(i)
-        if spans is not None:
-            out.append(Rendered(text=text, spans=spans, method="incremental"))
+        if len(found[i]) == len(chat.trained()):
+            out.append(Rendered(text=text, spans=[found[i][k] for k in chat.trained()], method="incremental"))
         else:
-            out.append(_by_sentinel(chat, text, renderer, specials))
+            out.append(_by_sentinel(chat, text, renderer, specials, found[i]))
     return out
 
 
@@ -110,7 +111,7 @@ def _between(
         return None
     produced = upto[len(before) :]
     content = turn["content"].strip()
-    extra = any(turn.get(key) for key in ("tool_calls", "reasoning_content", "reasoning", "thinking"))
+    extra = any(turn.get(key) for key in ("tool_calls", *THOUGHTS))
     if content not in produced if extra else not produced.lstrip().startswith(content):
         return None
     return len(before), _end(whole, len(before), len(upto), specials)
@@ -212,7 +213,14 @@ def _place(pieces: Sequence[str], turns: Sequence[int], chat: Chat, text: str) -
     return places if at == len(text) else None
 
 
-def _by_sentinel(chat: Chat, text: str, renderer: Renderer, specials: tuple[str, ...]) -> Rendered | RowError:
+def _by_sentinel(
+    chat: Chat,
+    text: str,
+    renderer: Renderer,
+    specials: tuple[str, ...],
+    known: Mapping[int, tuple[int, int]] = MappingProxyType({}),
+) -> Rendered | RowError:
+    """`known`: spans of turns that were found already. Only those can hold a thought or a call beside the content."""
     words = _words(chat)
     [skeleton] = renderer.render([words.messages], [words.tools])
     if isinstance(skeleton, str):
@@ -222,9 +230,17 @@ def _by_sentinel(chat: Chat, text: str, renderer: Renderer, specials: tuple[str,
         if places is not None:
             begins = [place + len(piece) for place, piece in zip(places, pieces[::2], strict=True)]
             ends = [_after(text, place, specials) for place in places[1:]]
-            spans = [(begins[j], ends[j]) for j, turn in enumerate(turns) if turn in chat.trained()]
-            if len(spans) == len(chat.trained()):
-                return Rendered(text=text, spans=spans, method="sentinel")
+            spans = {turn: known.get(turn, (begins[j], ends[j])) for j, turn in enumerate(turns)}
+            if all(turn in spans for turn in chat.trained()):
+                for turn in chat.trained():
+                    for key in THOUGHTS if turn not in known else ():
+                        if (thought := str(chat.messages[turn].get(key) or "").strip()) and thought in text:
+                            return RowError(
+                                f"the {key} of message {turn + 1} is in the text under {renderer.origin}, but not where can be "
+                                f"told. Mark what the assistant writes with {{% generation %}} in a Jinja file named in "
+                                f"data.chat_template"
+                            )
+                return Rendered(text=text, spans=[spans[turn] for turn in chat.trained()], method="sentinel")
     return RowError(
         f"cannot tell where the assistant's turns lie under {renderer.origin}: it changes earlier turns or their "
         f"contents. Mark them with {{% generation %}} in a Jinja file named in data.chat_template, or set "
