@@ -7,6 +7,7 @@ the first token that the prompt alone has not. What differs on purpose stands in
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from trebuchet.training.objectives import losses
 from trebuchet.training.objectives.base import token_logps
 
+from ...conftest import write_jsonl
 from .conftest import gradient, in_file_order, judged, pairs, plain_copy
 
 # fp32: both sum a few hundred log-probabilities through two layers in different orders.
@@ -147,3 +149,59 @@ def test_label_smoothing_of_dpo_is_what_the_name_says(compare: Callable[..., Any
     wanted = -0.7 * torch.log(s) - 0.3 * torch.log(1 - s)
     assert torch.allclose(losses.preference("sigmoid", d, 0.1, 0.3), wanted, rtol=1e-12)
     assert ours(loop)[0] > plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_thirty_steps_follow_trls_loss_curve(compare: Callable[..., Any], trl: Callable[..., Any], name: str) -> None:
+    """AdamW at a constant rate over the rows in their order, ten times over; kto with all of them in each batch."""
+    import trl as theirs
+
+    rows, size = (judged(), len(judged())) if name == "kto" else (pairs(), 4)
+    rate = {"optimization.learning_rate": 1e-3, "optimization.schedule": "constant", "optimization.warmup": 0}
+    loop = compare({"name": name}, {**rate, "optimization.weight_decay": 0, "optimization.max_steps": 30}, moved=False)
+    policy = plain_copy(loop.stepper.model_inside())
+    order = in_file_order(loop)
+    mine = []
+    for step in range(30):
+        start = step * size % len(rows)
+        batch = loop.stepper.objective.collate(loop.units, order[start : start + size], **LAYOUT)
+        mine.append(loop.stepper.step([batch]).loss)
+    trainer = trl.make_trainer(  # type: ignore[attr-defined]
+        getattr(theirs, f"{name.upper()}Trainer"), getattr(theirs, f"{name.upper()}Config"), policy, rows, reference=True,
+        per_device_train_batch_size=size, max_steps=30, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
+        max_grad_norm=0.0, logging_steps=1, save_strategy="no", optim="adamw_torch",
+    )  # fmt: skip
+    trainer.train()
+    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(curve) == 30 and curve[-1] < 0.8 * curve[0]
+    # Adam divides by the root of small moments, so rounding grows from step to step; TRL logs four digits.
+    assert mine == pytest.approx(curve, rel=5e-3, abs=2e-4)
+
+
+def test_chat_rows_differ_by_what_stands_behind_the_end(
+    compare: Callable[..., Any], trl: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A difference on purpose: TRL compares ChatML's newline behind the end token too; a model never has to write it."""
+    from trl import DPOConfig, DPOTrainer
+
+    def turn(role: str, text: str) -> list[dict[str, str]]:
+        return [{"role": role, "content": text}]
+
+    rows = [
+        {
+            "prompt": turn("user", row["prompt"]),
+            "chosen": turn("assistant", row["chosen"].strip()),
+            "rejected": turn("assistant", row["rejected"].strip()),
+        }
+        for row in pairs()
+    ]
+    loop = compare({"name": "dpo"}, {"data.train": str(write_jsonl(tmp_path / "chats.jsonl", rows))})
+    policy = plain_copy(loop.stepper.model_inside())
+    trainer = trl.make_trainer(DPOTrainer, DPOConfig, policy, rows, reference=True)  # type: ignore[attr-defined]
+    newline = trainer.processing_class("\n").input_ids
+    for i, theirs in enumerate(trainer.train_dataset):
+        for side, name in zip(loop.units.documents(i), ("chosen", "rejected"), strict=True):
+            ids, mask = side
+            assert ids.tolist() == theirs["prompt_ids"] + theirs[f"{name}_ids"]
+            assert ids[mask == 1].tolist() + newline == theirs[f"{name}_ids"]
