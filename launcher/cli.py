@@ -80,7 +80,8 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True, cluster=True)
+    plan = verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True, cluster=True)
+    plan.add_argument("--probe", action="store_true", help="one step on fake tensors beside the formula; no GPU")
     verb("run", _run, "train on this machine, through accelerate", config=True, dry="the plan and the command")
     text = "hand the run to the cluster's scheduler and return"
     verb("submit", _submit, text, config=True, json=True, cluster=True, dry="the plan and what would be submitted")
@@ -108,10 +109,9 @@ def parser() -> argparse.ArgumentParser:
     from .after import add_verbs
 
     add_verbs(verb)
-    estimate = verb("estimate", _estimate, "memory of one or many strategies, from a file of requests")
-    estimate.add_argument(
-        "--json", metavar="FILE", required=True, dest="requests", help="a list of requests; - reads standard input"
-    )
+    from .cli_plan import add_estimate
+
+    add_estimate(verb)
     doctor = verb("doctor", _doctor, "is this machine, or an allocation of a cluster, fit to train", json=True)
     doctor.add_argument("--cluster", metavar="NAME|FILE", help="ask the nodes of this cluster, in a job of a minute")
     data = verbs.add_parser("data", help="prepare the training data ahead of a run")
@@ -127,10 +127,19 @@ def _plan(options: argparse.Namespace) -> int:
     from .plan_text import render
 
     plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
+    probed = None
+    if options.probe and plan.feasible:
+        from .probing import probe
+
+        probed = probe(plan)
     if options.json:
-        print_json(plan.public())
+        print_json(plan.public() | ({"probe": probed} if probed else {}))
     else:
         print(render(plan), end="")
+        if probed:
+            from .cli_plan import probe_lines
+
+            print("\n" + "\n".join(probe_lines(probed)))
     return 0 if plan.feasible else 3
 
 
@@ -209,9 +218,11 @@ def _closing(folder: Any, code: int) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
     from . import api, record, sweep_verbs
     from .run_folder import open_run
-    from .run_text import status
+    from .run_text import measured, status
 
     if several := sweep_verbs.open_sweep(options.run):
         return sweep_verbs.status(several, json=options.json)
@@ -219,7 +230,9 @@ def _status(options: argparse.Namespace) -> int:
     api.current_state(folder)
     found = record.read(folder)
     if options.json:
-        print_json({key: found[key] for key in ("run", "state", "step", "steps", "attempts", "exit_code", "error")})
+        shown = {key: found[key] for key in ("run", "state", "step", "steps", "attempts", "exit_code", "error")}
+        real = measured(folder, found)
+        print_json(shown | {"actual": None if real is None else asdict(real)})
     else:
         print(status(folder, found))
     return 0
@@ -251,13 +264,6 @@ def _list(options: argparse.Namespace) -> int:
         print_json(found)
     else:
         print(listing(found, options.folder))
-    return 0
-
-
-def _estimate(options: argparse.Namespace) -> int:
-    from .estimates import answer
-
-    print(answer(options.requests))
     return 0
 
 

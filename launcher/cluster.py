@@ -119,11 +119,15 @@ class Cluster(_Frozen):
 
 
 def load_cluster(name_or_path: str) -> Cluster:
-    """A cluster by its name in `cluster_configs/`, or from a YAML file (anything with a slash or the suffix .yaml or
-    .yml).
+    """A cluster by its name in `cluster_configs/`, from a YAML file (anything with a slash or the suffix .yaml or .yml), or asked
+    for what it has (`slurm:PARTITION[:GPU]`, `ray:ADDRESS[:GPU]`).
 
     Raises ClusterError for an unknown name, with the nearest one, and for a wrong file with every wrong key at once.
     """
+    if name_or_path.startswith(("slurm:", "ray:")):
+        from .inventory import ask
+
+        return ask(name_or_path)
     path = Path(name_or_path).expanduser()
     if "/" not in name_or_path and path.suffix not in (".yaml", ".yml"):
         path = CONFIGS / f"{name_or_path}.yaml"

@@ -1,14 +1,19 @@
-"""`trebuchet estimate --json FILE`: memory of many strategies, a list in and a list out, in order."""
+"""`trebuchet estimate`: memory of many strategies from a file, a list in and a list out, in order; or of one from flags."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ..strategies.memory import estimate
-from ..strategies.memory_request import MemoryRequest
+from ..strategies.memory_request import MemoryRequest, ModelDims
+from .costing import dims
 from .errors import UserError
+from .model_spec import load_model_spec
+from .schema import Model
 
 
 def answer(source: str) -> str:
@@ -29,3 +34,15 @@ def answer(source: str) -> str:
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{source}: request {i}: {error}") from None
     return json.dumps(results, indent=1)
+
+
+def of_flags(model: str, given: dict[str, Any]) -> str:
+    """The JSON text, a list of one, for the settings `given` (names of a request) on a model found like that of a YAML."""
+    spec = load_model_spec(Model(name=model))
+    try:
+        sizes = {field.name: getattr(dims(spec), field.name) for field in fields(ModelDims)}
+        adapters = {"lora_r": 16, "lora_targets": "all-linear"} if given.get("method", "full") != "full" else {}
+        request = MemoryRequest.from_dict({"model": sizes, **adapters, **given})
+        return json.dumps([estimate(request).to_json()], indent=1)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"estimate: {error}") from None

@@ -7,8 +7,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from . import backends, record
+from . import actual, backends, record
 from .errors import RunError
+from .plan import Plan
 from .run_folder import RunFolder
 
 # Besides the loss, where the objective has them: how they are written.
@@ -63,6 +64,9 @@ def status(folder: RunFolder, facts: dict[str, Any]) -> str:
         lines.append(
             f"  loss {last['loss']:.3f}, {last['tokens_per_s']:,.0f} tokens/s, peak memory {last['peak_memory_bytes'] / 2**30:.1f} GiB"
         )
+    found = measured(folder, facts)
+    if found is not None:
+        lines += actual.lines(found)
     for i, attempt in enumerate(facts["attempts"], 1):
         end = "" if attempt["last_step"] is None else f" to {attempt['last_step']}"
         reason = f": {attempt['reason']}" if attempt["reason"] else ""
@@ -70,6 +74,13 @@ def status(folder: RunFolder, facts: dict[str, Any]) -> str:
             f"  attempt {i}: {attempt['handle']}  {attempt['state']}  from step {attempt['first_step']}{end}{reason}"
         )
     return "\n".join(lines)
+
+
+def measured(folder: RunFolder, facts: dict[str, Any]) -> actual.Actual | None:
+    """Hours and price at the pace of the first real steps, beside the planned ones."""
+    if not folder.plan.exists():
+        return None
+    return actual.actual(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")), facts["steps"])
 
 
 def last_metrics(folder: RunFolder) -> dict[str, Any] | None:

@@ -149,9 +149,10 @@ SHARED = {
     "launcher.model_spec",
     "launcher.stopping",
     "launcher.cluster",
+    "launcher.inventory",
 }
 # The places that cross to the heavy side, all inside functions.
-TO_TRAINING = {f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch")}
+TO_TRAINING = {f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch", "probing")}
 
 
 def breaking(rule: Callable[[str, str, str], bool]) -> list[str]:

@@ -91,11 +91,17 @@ def _step(plan: Plan) -> tuple[int, dict[str, int]]:
         for parameter in trainable:  # between steps the optimizer has its states
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        if chosen.accumulation == 1 and chosen.parallel != "ddp":  # else gradients are there when a micro-batch begins
+        buffers = sum(buffer.nbytes for buffer in net.buffers())
+        on_host = tracker.live_bytes - buffers if chosen.offload == "params" else 0  # weights, gradients, states
+        if (
+            chosen.accumulation == 1 and chosen.parallel != "ddp" and not on_host
+        ):  # else gradients are there from the beginning
             optimizer.zero_grad(set_to_none=True)
         tracker.restart_peak()
         _loss(plan, net).backward()
-        phases = {"forward_backward": tracker.peak_bytes}
+        phases = {"forward_backward": tracker.peak_bytes - on_host}
+        if on_host:
+            return weights, phases
         if config.optimization.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trainable, config.optimization.max_grad_norm)
         tracker.restart_peak()
