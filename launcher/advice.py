@@ -10,7 +10,7 @@ from .model_spec import ModelSpec
 from .plan import Chosen
 from .schema import TrainConfig
 
-RATES = {"full": (1e-6, 5e-5), "lora": (5e-5, 5e-4), "qlora": (5e-5, 3e-4)}
+RATES = {"full": (5e-6, 5e-5), "lora": (1e-4, 3e-4), "qlora": (5e-5, 2e-4)}
 
 
 COMPARING = {
@@ -35,6 +35,11 @@ def _data(config: TrainConfig, examples: int | None) -> list[str]:
     if examples is not None and examples < 500:
         out.append(
             f"{examples} training examples: fewer than 500 often overfit; try them in the prompt first, or collect about 1,000 good ones."
+        )
+    if config.objective.name == "pretrain":
+        out.append(
+            "training on plain text, for knowledge rather than behaviour: facts that are many, or change, are better looked up and put "
+            "into the prompt (retrieval); fine-tuning is for style, format and ways of reasoning."
         )
     if config.data.eval == 0:
         out.append("no held-out rows (data.eval is 0): nothing will tell whether training helped.")

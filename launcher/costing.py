@@ -6,7 +6,8 @@ The choice between candidates is the planner's. Left out: a prediction of speed 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from functools import lru_cache
+from typing import Any, Literal, cast
 
 from ..strategies import throughput
 from ..strategies.memory import estimate
@@ -189,12 +190,12 @@ def targets(config: TrainConfig) -> tuple[str, ...]:
 
 
 def dims(model: ModelSpec) -> ModelDims:
+    """The sizes that the formulas read. One object per model: it keeps the counts that thousands of candidates share."""
     names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    return ModelDims(
-        **{name: getattr(model, name) for name in names},
-        tie_word_embeddings=model.tie_word_embeddings,
-        num_experts=model.num_experts,
-        experts_per_token=model.experts_per_token,
-        params=model.params,
-        fused_experts=model.expert_params > 0,
-    )
+    names += ("tie_word_embeddings", "num_experts", "experts_per_token", "params")
+    return _dims(*((name, getattr(model, name)) for name in names), ("fused_experts", model.expert_params > 0))
+
+
+@lru_cache(maxsize=64)
+def _dims(*sizes: tuple[str, Any]) -> ModelDims:
+    return ModelDims(**dict(sizes))

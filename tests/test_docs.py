@@ -43,3 +43,8 @@ def test_configuration_page_is_current() -> None:
 
 def test_there_are_commands_to_check() -> None:
     assert sum(len(commands(page)) for page in PAGES) >= 10
+
+
+def test_the_planner_s_figure_is_current() -> None:
+    figure = runpy.run_path(str(ROOT / "docs" / "planner_figure.py"))["figure"]
+    assert (ROOT / "docs" / "planner.svg").read_text(encoding="utf-8") == figure(), "run: python docs/planner_figure.py"
