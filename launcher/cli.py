@@ -80,7 +80,16 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--json", action="store_true", help="print JSON")
         return sub
 
-    plan = verb("plan", _plan, "decide how to train and explain it; nothing is started", config=True, json=True, cluster=True)
+    from .cli_plan import add_estimate, plan_verb
+
+    plan = verb(
+        "plan",
+        plan_verb,
+        "decide how to train and explain it; nothing is started",
+        config=True,
+        json=True,
+        cluster=True,
+    )
     plan.add_argument("--probe", action="store_true", help="one step on fake tensors beside the formula; no GPU")
     verb("run", _run, "train on this machine, through accelerate", config=True, dry="the plan and the command")
     text = "hand the run to the cluster's scheduler and return"
@@ -109,8 +118,6 @@ def parser() -> argparse.ArgumentParser:
     from .after import add_verbs
 
     add_verbs(verb)
-    from .cli_plan import add_estimate
-
     add_estimate(verb)
     doctor = verb("doctor", _doctor, "is this machine, or an allocation of a cluster, fit to train", json=True)
     doctor.add_argument("--cluster", metavar="NAME|FILE", help="ask the nodes of this cluster, in a job of a minute")
@@ -120,27 +127,6 @@ def parser() -> argparse.ArgumentParser:
     add_convert(verb)
     verb("config-schema", _schema, "JSON schema of the YAML, for editors")
     return top
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from . import api
-    from .plan_text import render
-
-    plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
-    probed = None
-    if options.probe and plan.feasible:
-        from .probing import probe
-
-        probed = probe(plan)
-    if options.json:
-        print_json(plan.public() | ({"probe": probed} if probed else {}))
-    else:
-        print(render(plan), end="")
-        if probed:
-            from .cli_plan import probe_lines
-
-            print("\n" + "\n".join(probe_lines(probed)))
-    return 0 if plan.feasible else 3
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Parts of the command line around the planner: `estimate` from flags or a file, and the lines of `plan --probe`."""
+"""The verbs of the planner: `plan`, with or without a probe, and `estimate` from flags or a file."""
 
 from __future__ import annotations
 
@@ -44,6 +44,26 @@ def add_estimate(verb: Any) -> None:
     sub.add_argument(
         "--no-packing", dest="packed", action="store_const", const=False, help="rows are up to --seq-len long"
     )
+
+
+def plan_verb(options: argparse.Namespace) -> int:
+    from . import api
+    from .cli import print_json
+    from .plan_text import render
+
+    plan = api.plan(options.config, cluster=options.cluster, overrides=options.overrides)
+    probed = None
+    if options.probe and plan.feasible:
+        from .probing import probe
+
+        probed = probe(plan)
+    if options.json:
+        print_json(plan.public() | ({"probe": probed} if probed else {}))
+    else:
+        print(render(plan), end="")
+        if probed:
+            print("\n" + "\n".join(probe_lines(probed)))
+    return 0 if plan.feasible else 3
 
 
 def estimate(options: argparse.Namespace) -> int:

@@ -67,7 +67,7 @@ class StorageTracker(TorchDispatchMode):
             mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
             assert isinstance(mode, FakeTensorMode), "enter the tracker inside a FakeTensorMode"
             self._mode, self._resize = mode, torch.UntypedStorage.resize_
-            torch.UntypedStorage.resize_ = self._resized  # type: ignore[method-assign,assignment]
+            torch.UntypedStorage.resize_ = self._resized  # type: ignore[method-assign]
         self._depth += 1
         super().__enter__()
         return self
@@ -191,7 +191,7 @@ def _empty_like(tensor: Tensor, device: str) -> Tensor:
     local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
     empty = torch.empty_strided(local.shape, local.stride(), dtype=local.dtype, device=device)
     if isinstance(tensor, DTensor):
-        empty = DTensor(empty, tensor._spec, requires_grad=tensor.requires_grad)  # type: ignore[abstract]
+        empty = DTensor(empty, tensor._spec, requires_grad=tensor.requires_grad)
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 

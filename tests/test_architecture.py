@@ -152,7 +152,9 @@ SHARED = {
     "launcher.inventory",
 }
 # The places that cross to the heavy side, all inside functions.
-TO_TRAINING = {f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch", "probing")}
+TO_TRAINING = {
+    f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch", "probing")
+}
 
 
 def breaking(rule: Callable[[str, str, str], bool]) -> list[str]:
