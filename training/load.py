@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..launcher.errors import ModelError
+from ..launcher.errors import DataError, ModelError
 from ..launcher.model_spec import ModelSpec
 from ..launcher.schema import Model, TrainConfig
 
@@ -84,10 +85,11 @@ def load_tokenizer(folder: Path, model: Model) -> PreTrainedTokenizerBase:
 
 
 def prepared_data(config: TrainConfig, spec: ModelSpec, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """The rows of a run, tokenized with the base's tokenizer; from the cache when they have been before."""
+    """The rows of a run, tokenized with the base's tokenizer; from the cache when they have been before. Raises DataError, also for fewer
+    samples than one global batch."""
     from .data import prepare  # numpy and more; a bare login node fetches models with this file and has neither
 
-    return prepare(
+    prepared = prepare(
         config.data,
         config.objective,
         tokenizer=tokenizer,
@@ -96,6 +98,17 @@ def prepared_data(config: TrainConfig, spec: ModelSpec, tokenizer: PreTrainedTok
         cache_dir=cache_folder() / "data",
         seed=config.optimization.seed,
     )
+    batch, rows, samples = config.optimization.global_batch_size, len(prepared.train_rows), len(prepared.train)
+    if samples < batch:
+        raise DataError(
+            f"{config.data.train[0].path}: {samples} training samples are fewer than one global batch of {batch}. Bring more rows, or "
+            f"set optimization.global_batch_size: {max(1, samples // 8)} for about eight steps an epoch."
+        )
+    if rows < batch:
+        note = f"the {rows} packed rows are fewer than one global batch of {batch}: an epoch is one short step"
+        report = replace(prepared.report, notes=(*prepared.report.notes, note))
+        prepared = replace(prepared, report=report)
+    return prepared
 
 
 def cache_folder() -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,9 @@ from ...launcher.errors import DataError
 class RowError(ValueError):
     """What is wrong with one row, without its place."""
 
+
+LARGEST_BYTES = 40_000_000  # of a line; four bytes for each of the characters that a row may have (`samples.py`)
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any] | RowError]]]
 
@@ -34,6 +38,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
 
 
 def _object(raw: bytes) -> dict[str, Any] | RowError:
+    if len(raw) > LARGEST_BYTES:
+        return RowError(f"the row has {len(raw) / 1e6:.1f} MB; {LARGEST_BYTES / 1e6:.0f} are the most, split it")
     try:
         value = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -50,31 +56,36 @@ def _json_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     with path.open("rb") as file:
         _refuse_utf16(file, path)
         raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}, line {line}: not UTF-8 text (byte 0x{raw[error.start]:02x}); save the file as UTF-8."
-        ) from None
+    text = raw.decode("utf-8-sig", errors="surrogateescape")  # bytes that are not UTF-8 spoil one row
     decoder, at, line, counted, rows = json.JSONDecoder(), _skip(text, 0), 1, 0, 0
     array = text[at : at + 1] == "["
     at = _skip(text, at + 1) if array else at
     while at < len(text) and not (array and text[at] == "]"):
         line, counted = line + text.count("\n", counted, at), at
         try:
+            begin = at
             value, at = decoder.raw_decode(text, at)
+            wrong = _undecoded(text, begin, at)
             at = _skip(text, at)
             if array and at < len(text) and text[at] not in ",]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
         except json.JSONDecodeError as error:  # where the next object begins cannot be known
             raise DataError(f"{path}, line {error.lineno}: not JSON: {error.msg} at column {error.colno}.") from None
         rows += 1
-        yield line, value if isinstance(value, dict) else RowError(f"not a JSON object but {_kind(value)}")
+        if wrong:
+            yield line, RowError(wrong)
+        else:
+            yield line, value if isinstance(value, dict) else RowError(f"not a JSON object but {_kind(value)}")
         if array and text[at : at + 1] == ",":
             at = _skip(text, at + 1)
     if array and at >= len(text):
         raise DataError(f"{path}: the array is not closed; the file seems to be cut off after {rows} rows.")
+
+
+def _undecoded(text: str, start: int = 0, stop: int = sys.maxsize) -> str | None:
+    """What is wrong with text that was decoded with surrogateescape; None when it was all UTF-8."""
+    found = _ESCAPED.search(text, start, stop)
+    return f"not UTF-8 text (byte 0x{ord(found[0]) - 0xDC00:02x})" if found else None
 
 
 def _skip(text: str, at: int) -> int:
@@ -88,7 +99,9 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with path.open("rb") as probe:
         _refuse_utf16(probe, path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(
+        encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ) as file:  # bytes that are not UTF-8 spoil one row
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         header: list[str] | None = None
         begins = 1
@@ -97,14 +110,14 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any] | RowError]]:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise DataError(f"{path}, line {begins}: not CSV: {error}.") from None
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, after line {reader.line_num}: not UTF-8 text ({error.reason}); save the file as UTF-8."
-                ) from None
             if cells is None:
                 return
             if header is None:
                 header = cells
+                if wrong := _undecoded("".join(cells)):
+                    raise DataError(f"{path}, line {begins}: the header is {wrong}; save the file as UTF-8.")
+            elif wrong := _undecoded("".join(cells)):
+                yield begins, RowError(wrong)
             elif cells and len(cells) != len(header):
                 yield begins, RowError(f"{len(cells)} fields where the header has {len(header)}")
             elif cells:

@@ -129,6 +129,11 @@ class Samples:
         for part in parts(example):
             if isinstance(part, Chat):
                 part.check()
+                systems = [
+                    i for i, message in enumerate(part.messages, start=1) if message["role"] in ("system", "developer")
+                ]
+                if len(systems) > 1:
+                    raise RowError(f"message {systems[1]} is a second system prompt")
                 size += sum(len(message["content"]) for message in part.messages)
             else:
                 size += len(part.prompt) + len(part.completion)
