@@ -33,6 +33,9 @@ def add_verbs(verb: Any) -> None:
     report.add_argument(
         "--output", metavar="FILE", help="default: report.html in the run, or in the folder of the first"
     )
+    ui = verb("ui", _ui, "the runs of a folder as live pages, on 127.0.0.1 with a token; read-only")
+    ui.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
+    ui.add_argument("--port", type=int, default=0, help="default: one that is free")
 
 
 def quiet() -> None:
@@ -94,4 +97,11 @@ def _report(options: argparse.Namespace) -> int:
     first = runs[0].folder
     default = first.report if len(runs) == 1 else first.root.parent / "report.html"
     print(f"report  {page.write(runs, Path(options.output).expanduser().absolute() if options.output else default)}")
+    return 0
+
+
+def _ui(options: argparse.Namespace) -> int:
+    from .ui import serve
+
+    serve(options.folder, options.port)
     return 0

@@ -39,12 +39,17 @@ def line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any
     return {
         "type": "scatter",
         "mode": mode,
-        "name": name,
+        "name": plain(name),
         "x": list(x),
         "y": list(y),
         "line": {"color": colour, "width": 2},
         **more,
     }
+
+
+def plain(text: str) -> str:
+    """Plotly takes some tags in names and labels; a user's words are not tags."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def axes(x: str, y: str, **more: Any) -> dict[str, Any]:

@@ -6,10 +6,11 @@ caused it; below six runs it is noise and left out. Left out: runs of different 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from .charts import Chart, axes, line
+from .charts import Chart, axes, line, plain
 from .collect import Run
 
 FEWEST = 6
@@ -88,42 +89,67 @@ def parallel(runs: Sequence[Run]) -> Chart | None:
     if not settings:
         return None
     losses = [loss for _, loss in scored]
-    dimensions = [dimension(name, values) for name, values in settings.items()]
-    dimensions.append({"label": "held-out loss", "values": losses})
-    data = [
-        {
-            "type": "parcoords",
-            "dimensions": dimensions,
-            "line": {"color": losses, "colorscale": "Viridis", "showscale": True},
-        }
+    scales = {name: scale(values) for name, values in [*settings.items(), ("held-out loss", losses)]}
+    best = min(range(len(scored)), key=losses.__getitem__)
+    data, names = [], list(scales)
+    for i, (run, loss) in enumerate(scored):
+        heights = [scales[name][0][i] for name in names]
+        trace = line(
+            run.name, list(range(len(names))), heights, "first" if i == best else "muted", mode="lines+markers"
+        )
+        trace["line"]["width"] = 3 if i == best else 1
+        data.append(trace | {"meta": run.name, "hovertemplate": plain(f"{run.name}: {loss:.4f}") + "<extra></extra>"})
+    data.append(data.pop(best))  # drawn last, over the others
+    labels = [
+        {"x": at, "y": y, "text": plain(text), "showarrow": False, "yanchor": anchor, "font": {"size": 11}}
+        for at, name in enumerate(names)
+        for y, text, anchor in ((-0.04, scales[name][1], "top"), (1.04, scales[name][2], "bottom"))
     ]
+    layout = {
+        "xaxis": {
+            "tickvals": list(range(len(names))),
+            "ticktext": [plain(name) for name in names],
+            "side": "top",
+            "range": [-0.3, len(names) - 0.7],
+        },
+        "yaxis": {"visible": False, "range": [-0.16, 1.16]},
+        "annotations": labels,
+        "showlegend": False,
+        "height": 360,
+        "margin": {"l": 20, "r": 20, "t": 40, "b": 20},
+    }
     rows = [
         (run.name, *(values[i] for values in settings.values()), f"{loss:.4f}") for i, (run, loss) in enumerate(scored)
     ]
-    alt = f"Settings that differ between {len(scored)} runs ({', '.join(settings)}) on parallel axes, coloured by held-out loss."
+    alt = f"Settings that differ between {len(scored)} runs ({', '.join(settings)}) on parallel axes; "
+    alt += f"{scored[best][0].name} has the lowest loss."
+    note = f"Each line is a run, from setting to loss; the thick one, {scored[best][0].name}, ended lowest."
+    columns = ("run", *settings, "held-out loss")
     return Chart(
         id="parallel",
         title="Settings and loss",
         alt=alt,
         data=data,
-        columns=("run", *settings, "held-out loss"),
+        columns=columns,
         rows=rows,
-        layout={"height": 380, "margin": {"l": 70, "r": 60, "t": 60, "b": 30}},
-        note="Drag along an axis to keep only runs in that range.",
+        layout=layout,
+        note=note,
     )
 
 
-def dimension(name: str, values: Sequence[Any]) -> dict[str, Any]:
-    """An axis: of numbers as they are, of words by their place in the sorted list."""
+def scale(values: Sequence[Any]) -> tuple[list[float], str, str]:
+    """(heights from 0 to 1, text at the bottom, text at the top): numbers over their range, by logarithm where it spans more than a
+    factor of 20; words by their place in the sorted list."""
     if all(isinstance(v, (int, float)) for v in values):
-        return {"label": name, "values": list(values)}
-    words = sorted({str(v) for v in values})
-    return {
-        "label": name,
-        "values": [words.index(str(v)) for v in values],
-        "tickvals": list(range(len(words))),
-        "ticktext": words,
-    }
+        low, high = min(values), max(values)
+        by_log = low > 0 and high / low > 20
+        numbers = [math.log(v) if by_log else float(v) for v in values]
+        texts = f"{low:.4g}", f"{high:.4g}"
+    else:
+        words = sorted({str(v) for v in values})
+        numbers, texts = [float(words.index(str(v))) for v in values], (words[0], words[-1])
+    span = max(numbers) - min(numbers)
+    return [(n - min(numbers)) / span if span else 0.5 for n in numbers], *texts
 
 
 def importance(runs: Sequence[Run]) -> Chart | None:

@@ -12,17 +12,17 @@
     if (value && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, k === "color" && NAMES.includes(v) ? colour(v) : k === "color" && Array.isArray(v) && typeof v[0] === "string" ? v.map(colour) : k === "x" || k === "y" || k === "text" || k === "name" ? v : colours(v)]));
     return value;
   };
-  const axis = (given) => ({ gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("muted"), automargin: true, ...given });
+  const axis = (given) => ({ gridcolor: colour("line"), zerolinecolor: colour("line"), linecolor: colour("muted"), automargin: true, exponentformat: "e", ...given });
 
   const draw = () => {
     const source = document.getElementById("figures");
     for (const figure of source ? JSON.parse(source.textContent) : []) {
       const at = document.getElementById("plot-" + figure.id);
       if (!at) continue;
-      const parallel = figure.data.some((trace) => trace.type === "parcoords");
       const layout = colours(figure.layout);
       const whole = { height: 290, margin: { l: 56, r: 14, t: 12, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("ink"), size: 12, family: "system-ui, DejaVu Sans, sans-serif" }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hovermode: "closest", ...layout };
-      if (!parallel) { whole.xaxis = axis(layout.xaxis); whole.yaxis = axis(layout.yaxis); }
+      whole.xaxis = axis(layout.xaxis);
+      whole.yaxis = axis(layout.yaxis);
       Plotly.react(at, colours(figure.data), whole, { responsive: true, displaylogo: false, displayModeBar: false });
     }
     hideTraces();
@@ -44,10 +44,12 @@
   };
 
   const hideTraces = () => {
-    const plot = document.getElementById("plot-curves");
-    if (!plot || !plot.data) return;
-    const shown = new Set([...document.querySelectorAll("[data-trace]")].filter((box) => box.checked && !box.closest("tr").hidden).map((box) => box.dataset.trace));
-    Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta)) });
+    const boxes = [...document.querySelectorAll("[data-trace]")];
+    const shown = new Set(boxes.filter((box) => box.checked && !box.closest("tr").hidden).map((box) => box.dataset.trace));
+    for (const id of boxes.length ? ["curves", "parallel"] : []) {
+      const plot = document.getElementById("plot-" + id);
+      if (plot && plot.data) Plotly.restyle(plot, { visible: plot.data.map((trace) => shown.has(trace.meta)) });
+    }
   };
 
   const sort = (head) => {

@@ -31,10 +31,27 @@ def write(runs: Sequence[Run], output: Path) -> Path:
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The whole page."""
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    """The whole page of a file."""
+    return frame(runs[0].name if len(runs) == 1 else f"{len(runs)} runs", body(runs))
+
+
+def frame(title: str, body: str, live: str | None = None) -> str:
+    """The page around a body; `live`: where the page asks for the body again."""
     parts = {"style": text("page.css"), "script": text("page.js"), "plotly": plotly()}
-    return environment().get_template("page.jinja").render(title=title, body=body(runs), live=None, **parts)
+    return environment().get_template("page.jinja").render(title=title, body=body, live=live, **parts)
+
+
+def index(runs: Sequence[Run], most_curves: int) -> str:
+    """The body of the list of runs, with the curves of the first `most_curves`."""
+    made = [chart for chart in [compare.curves(runs[:most_curves])] if chart is not None]
+    figures = as_script([chart.figure() for chart in made])
+    found = {
+        "runs": runs,
+        "charts": {chart.id: chart for chart in made},
+        "figures": figures,
+        "final_loss": compare.final_loss,
+    }
+    return environment().get_template("index.jinja").render(**found)
 
 
 def body(runs: Sequence[Run]) -> str:
