@@ -45,7 +45,10 @@ def browser() -> Iterator[Browser]:
     opened.close()
 
 
-DRAWN = "[...document.querySelectorAll('.plot')].filter(p => p.querySelector('svg.main-svg .trace, svg.main-svg .point')).map(p => p.id.slice(5))"
+DRAWN = (
+    "[...document.querySelectorAll('.plot')].filter(p => p.querySelector('svg.main-svg .trace, svg.main-svg .point'))"
+    ".map(p => p.id.slice(5))"
+)
 
 
 def contrast(browser: Browser, one: str, other: str) -> float:
@@ -92,7 +95,10 @@ def test_filters_the_colour_switch_and_printing(browser: Browser, folder: Path, 
     browser.open(output.as_uri())
     shown = "[...document.querySelectorAll('[data-row=sample]')].filter(r => !r.hidden).length"
     assert browser.script(shown) == 3
-    type_in = "(() => {{ const i = document.querySelector('[data-filter={}]'); i.value = '{}'; i.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"
+    type_in = (
+        "(() => {{ const i = document.querySelector('[data-filter={}]'); i.value = '{}';"
+        " i.dispatchEvent(new Event('input', {{bubbles: true}})) }})()"
+    )
     browser.script(type_in.format("sample", "beta"))
     assert (
         browser.script(shown) == 1
