@@ -36,7 +36,11 @@ MODULES = {
     "ray": f"{ROOT}.ray_cluster.scheduler",
 }
 
-TRIALS = {"local": f"{ROOT}.launcher.local_trials", "slurm": f"{ROOT}.slurm.trials"}
+TRIALS = {
+    "local": f"{ROOT}.launcher.local_trials",
+    "slurm": f"{ROOT}.slurm.trials",
+    "ray": f"{ROOT}.ray_cluster.trials",
+}
 
 
 def trials(name: str) -> Any:

@@ -33,6 +33,16 @@ class Values(Section):
         return self
 
 
+class Stopping(Section):
+    """Trials that are not worth going on with end early, where the scheduler can see them together: on Ray."""
+
+    name: Literal["asha", "median"] = Field(
+        "asha", description="asynchronous successive halving, or worse than the median"
+    )
+    grace: float = Field(0.2, gt=0, lt=1, description="share of a trial that it may always run")
+    factor: int = Field(3, ge=2, description="asha: one of so many goes on at each rung")
+
+
 class Sweep(Section):
     """Many runs that differ in some keys; `trebuchet sweep` starts them."""
 
@@ -50,6 +60,8 @@ class Sweep(Section):
     mode: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
     parallel: int = Field(50, ge=1, description="trials that run at the same time")
     seed: int = Field(0, ge=0, description="of the values drawn; every trial keeps optimization.seed")
+
+    stopping: Stopping | None = Field(None, description="end poor trials early, on Ray; elsewhere each runs to its end")
 
     @model_validator(mode="after")
     def _method(self) -> Sweep:

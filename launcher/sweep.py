@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -115,9 +115,10 @@ def plan_many(configs: Sequence[TrainConfig]) -> Iterator[Plan]:
         if data not in size:
             size[data] = data_size(config)
         seen = size[data]
-        yield make_plan(
-            config, model(config.model), cluster(config.cluster.name), examples=seen.examples, tokens=seen.tokens
-        )
+        decide = partial(make_plan, config, model(config.model), examples=seen.examples, tokens=seen.tokens)
+        where = cluster(config.cluster.name)
+        # On Ray a trial takes a part of a node, as many side by side as fit.
+        yield backends.trials("ray").shaped(where, decide) if where.scheduler == "ray" else decide(where)
 
 
 def _shape(decided: Plan) -> tuple[Any, ...]:
@@ -175,7 +176,10 @@ def _data_key(config: TrainConfig) -> str:
 
 def start(folder: SweepFolder, numbers: Sequence[int]) -> str:
     """Hands trials to the sweep's scheduler; a sentence of what was done."""
-    said: str = backends.trials(folder.facts()["scheduler"]).run_trials(folder, list(numbers))
+    facts = folder.facts()
+    said: str = backends.trials(facts["scheduler"]).run_trials(folder, list(numbers))
+    if facts["stopping"] and facts["scheduler"] != "ray":
+        said += "; sweep.stopping needs Ray, so every trial runs to its end"
     return said
 
 
@@ -184,13 +188,18 @@ def resume(folder: SweepFolder) -> str:
     trials = folder.trials()
     backends.reconcile(trials)
     found = [record.read(trial) for trial in trials]
-    done = [JobState(facts["state"]) == JobState.SUCCEEDED for facts in found]
+    done = [is_done(facts) for facts in found]
     numbers = [n for n, facts in enumerate(found) if not done[n] and not on_its_way(facts)]
     if not numbers:
         raise RunError(
             f"{folder.root} has nothing to resume: {sum(done)} trials are finished, {len(done) - sum(done)} wait or run."
         )
     return start(folder, numbers)
+
+
+def is_done(facts: dict[str, Any]) -> bool:
+    """Whether a trial needs nothing more: it reached its end, or was found not worth going on with."""
+    return facts["state"] == JobState.SUCCEEDED or bool(facts.get("stopped_early"))
 
 
 def on_its_way(facts: dict[str, Any]) -> bool:

@@ -31,7 +31,7 @@ def table(folder: SweepFolder) -> dict[str, Any]:
     done = [row for row in rows if row["state"] == JobState.SUCCEEDED and row["value"] is not None]
     return {
         "sweep": facts["sweep"],
-        "state": state_of([JobState(row["state"]) for row in rows]).value,
+        "state": state_of([JobState(row["state"]) for row in rows if not row["stopped_early"]]).value,
         "counts": dict(Counter(row["state"] for row in rows)),
         "metric": facts["metric"],
         "mode": facts["mode"],
@@ -47,7 +47,7 @@ def _row(facts: dict[str, Any], number: int, trial: RunFolder) -> dict[str, Any]
     attempts = [f"{a['state']}: {a['reason']}" if a["reason"] else a["state"] for a in found["attempts"]]
     value = metric_of(trial, found, facts["metric"])
     return {"trial": name_of(number), **{key: found[key] for key in keys}, "attempts": attempts, "value": value,
-            "values": facts["trials"][number]}  # fmt: skip
+            "values": facts["trials"][number], "stopped_early": bool(found.get("stopped_early"))}  # fmt: skip
 
 
 def metric_of(trial: RunFolder, found: dict[str, Any], metric: str) -> float | None:
@@ -80,7 +80,11 @@ def status(found: dict[str, Any]) -> str:
     for row in found["trials"]:
         steps = f"{row['step']}/{row['steps']}" if row["steps"] else "-"
         value = "-" if row["value"] is None else f"{row['value']:.4g}"
-        note = row["error"] or (f"attempt {len(row['attempts'])}" if len(row["attempts"]) > 1 else "")
+        note = (
+            "not worth going on with"
+            if row["stopped_early"]
+            else row["error"] or (f"attempt {len(row['attempts'])}" if len(row["attempts"]) > 1 else "")
+        )
         rows.append((row["trial"], row["state"], steps, value, *(_short(row["values"].get(key)) for key in keys), note))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,129 @@
+"""The Ray job of a sweep: Ray Tune decides which trial runs when, and which is not worth going on with.
+
+    python -m trebuchet.ray_cluster.tuning SWEEP NUMBERS          numbers as in 0-3,7
+
+A trial is a run like any other, watched by launcher/local.py on the node that Tune found for it: out of memory, failures and its
+record are that module's. Tune learns its evaluations and may stop it early; it then saves a checkpoint and ends. What Tune keeps of
+its own is not needed to go on: `resume` starts the trials that are not finished, each from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..launcher import record
+from ..launcher.plan import Plan
+from ..launcher.sweep import SweepFolder
+from . import trials
+
+LOOK_S = 0.5
+
+
+def main(root: str, numbers: str) -> int:
+    sweep = SweepFolder(Path(root))
+    import ray
+
+    ray.init(address="auto", log_to_driver=False, namespace="trebuchet")
+    tune_trials(sweep, numbers_of(numbers))
+    return 0
+
+
+def tune_trials(sweep: SweepFolder, numbers: list[int]) -> None:
+    from ray import tune
+
+    facts = sweep.facts()
+    function = tune.with_resources(trial, lambda config: trials.resources(plan_of(sweep, config["number"])))
+    tuner = tune.Tuner(
+        function,
+        param_space={"sweep": str(sweep.root), "metric": facts["metric"], "number": tune.grid_search(numbers)},
+        tune_config=tune.TuneConfig(
+            metric=facts["metric"],
+            mode=facts["mode"],
+            scheduler=stopper(facts["stopping"]),
+            max_concurrent_trials=facts["parallel"],
+        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(sweep.root / "ray"), verbose=0),
+    )
+    for result in tuner.fit():
+        number = result.config["number"]
+        if result.metrics and not result.metrics.get("ended") and result.error is None:
+            record.update(sweep.trial(number), stopped_early=True)
+
+
+def trial(config: dict[str, Any]) -> None:
+    """Tune's function: starts the run and reports its evaluations until it ends. When Tune stops it, or its driver is gone, the
+    kernel sends the watcher the SIGTERM that lets a run save."""
+    from ray import tune
+
+    sweep = SweepFolder(Path(config["sweep"]))
+    folder = sweep.trial(config["number"])
+    if sweep.stop.exists():
+        return
+    seen = 0
+    command = [sys.executable, "-m", "trebuchet.launcher.local", str(folder.root)]
+    process = subprocess.Popen(command, preexec_fn=_stop_with_parent)
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(LOOK_S)
+        rows = evaluations(folder.metrics, config["metric"])
+        steps = record.read(folder)["steps"]
+        for row in rows[seen:]:
+            tune.report({config["metric"]: row["value"], "percent": 100 * row["step"] / steps, "ended": False})
+        seen = len(rows)
+        if process.returncode is not None:
+            break
+    if seen:  # so that the driver can tell a trial that ended from one that Tune ended
+        tune.report({config["metric"]: rows[-1]["value"], "percent": 100 * rows[-1]["step"] / steps, "ended": True})
+
+
+def evaluations(metrics: Path, key: str) -> list[dict[str, Any]]:
+    """Steps and values of a metric, in order; a step that a resumed attempt evaluated again counts once."""
+    if not metrics.exists():
+        return []
+    found: dict[int, float] = {}
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        if line.endswith("}") and isinstance((row := json.loads(line)).get(key), (int, float)):
+            found[row["step"]] = row[key]
+    return [{"step": step, "value": value} for step, value in sorted(found.items())]
+
+
+def stopper(settings: dict[str, Any] | None) -> Any:
+    """Tune's scheduler for the sweep's `stopping:` section; None runs every trial to its end. Time is the share of the trial that is
+    done, in percent; a trial at 100 is left alone, because it still exports its model."""
+    if settings is None:
+        return None
+    from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
+
+    grace = max(1, round(100 * settings["grace"]))
+    if settings["name"] == "median":
+        return MedianStoppingRule(time_attr="percent", grace_period=grace, min_samples_required=2)
+    return ASHAScheduler(time_attr="percent", max_t=101, grace_period=grace, reduction_factor=settings["factor"])
+
+
+def plan_of(sweep: SweepFolder, number: int) -> Plan:
+    return Plan.model_validate_json(sweep.trial(number).plan.read_text(encoding="utf-8"))
+
+
+def numbers_of(text: str) -> list[int]:
+    """The inverse of sweep_space.ranges."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
+
+
+def _stop_with_parent() -> None:
+    """prctl(PR_SET_PDEATHSIG, SIGTERM): the watcher hears it when Ray's process, or the thread that started it, is gone."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2]))
