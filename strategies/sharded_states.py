@@ -63,6 +63,10 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
     Raises ValueError when the files hold other parameters than the model trains, or in another shape or dtype; LayoutError for
     states that only as many ranks as wrote them can read.
     """
+    if any(folder.glob("zero3-*")):
+        raise LayoutError(
+            f"{folder} was written under ZeRO-3, in pieces of another kind; resume with strategy.parallel zero3."
+        )
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, TensorStorageMetadata] = reader.read_metadata().state_dict_metadata  # type: ignore[assignment]
     wanted = trainable(model)

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from .layouts import LayoutError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -44,13 +46,14 @@ def save(model: torch.nn.Module, states: Any, folder: Path, background: bool) ->
 def load(model: torch.nn.Module, states: Any, folder: Path) -> None:
     """Fills what this rank keeps from the files of any number of ranks. Collective.
 
-    Raises ValueError when the files hold other parameters than the model trains, or pieces of other sizes.
+    Raises LayoutError when another layout wrote them, ValueError when they hold other parameters than the model trains, or pieces of
+    other sizes.
     """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     files = sorted(folder.glob("zero3-*-of-*.safetensors"), key=lambda file: int(file.name.split("-")[1]))
     if not files:
-        raise ValueError(f"{folder} was not written under ZeRO-3; resume with the layout that wrote it.")
+        raise LayoutError(f"{folder} was not written under ZeRO-3; resume with the strategy.parallel that wrote it.")
     with contextlib.ExitStack() as stack:
         opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
         step = float(opened[0].metadata()["step"])

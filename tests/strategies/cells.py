@@ -153,7 +153,7 @@ def observe(layout: Any) -> dict[str, Any]:
         whole += parameter.numel() * parameter.element_size()
         if not mine.dtype.is_floating_point:
             four_bit += mine.numel()
-            all_four_bit += parameter.numel()
+            all_four_bit += getattr(parameter, "ds_numel", parameter.numel())
     sizes = {"local_bytes": local, "whole_bytes": whole, "packed_bytes": four_bit, "whole_packed_bytes": all_four_bit}
     return {"kinds": sorted(kinds), **sizes}
 

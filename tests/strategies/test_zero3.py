@@ -30,7 +30,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def cell(method: str, **more: Any) -> dict[str, Any]:
     strategy = {**METHODS[method], "parallel": "zero3", **more.pop("strategy", {})}
-    return {"strategy": strategy, **more}
+    return {"strategy": strategy, "evaluate": "steps" not in more, **more}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +40,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str,
     two |= {name: cell(method, **change) for name, (method, change) in VARIANTS.items()}
     two["bf16"] = cell("full", top={"model": {"dtype": "bf16"}})
     one["one bf16"] = {"strategy": {**METHODS["full"], "parallel": "none"}, "top": {"model": {"dtype": "bf16"}}}
+    two["fsdp2 qlora"] = {"strategy": {**METHODS["qlora"], "parallel": "fsdp2"}}
     for method in ("full", "lora"):
         dropout = {"lora": {"r": 4, "dropout": 0.2}} if method == "lora" else {}
         two[f"{method} saved"] = cell(method, strategy=dropout, steps=[0, 6], save=[3])
@@ -94,6 +95,14 @@ def test_each_rank_keeps_its_half(found: dict[str, list[dict[str, Any]]], name: 
         assert (
             packed == (matrices // 2 + matrices // 64) // 2
         )  # half a byte a weight and a byte of scale a block, halved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qlora", "qlora, parameters on the host"])
+def test_gathered_bytes_are_those_of_fsdp2(found: dict[str, list[dict[str, Any]]], name: str) -> None:
+    """Whose packed weights and scales test_matrix.py compares with bitsandbytes', after steps and an evaluation as here."""
+    wanted = found["fsdp2 qlora"][0]["frozen_bytes"]
+    assert wanted and found[name][0]["frozen_bytes"] == wanted
 
 
 @pytest.mark.slow
@@ -157,3 +166,15 @@ def test_every_default_that_bites_is_named() -> None:
     buckets = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters", "sub_group_size")
     assert all(isinstance(zero[name], int) and zero[name] > 0 for name in buckets)
     assert zero["stage3_param_persistence_threshold"] < 8192 * 1024  # no matrix of this model stays whole
+
+
+def test_checkpoints_of_other_layouts_are_refused_with_a_sentence(tmp_path: Path) -> None:
+    from trebuchet.strategies import sharded_states, zero3_states
+    from trebuchet.strategies.layouts import LayoutError
+
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(LayoutError, match="was not written under ZeRO-3"):
+        zero3_states.load(model, None, tmp_path)
+    (tmp_path / "zero3-0-of-2.safetensors").touch()
+    with pytest.raises(LayoutError, match=r"written under ZeRO-3.*resume with strategy\.parallel zero3"):
+        sharded_states.load(tmp_path, model, torch.optim.AdamW(model.parameters()))
