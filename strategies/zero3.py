@@ -100,7 +100,7 @@ def zero3(prepared: Prepared, chosen: Chosen, device: torch.device, make_optimiz
         save=partial(zero3_states.save, inside, states),
         load=partial(zero3_states.load, inside, states),
         whole=partial(whole_tensors, inside),
-        rest=lambda: None,
+        rest=states._partition_all_parameters,  # else up to stage3_max_live_parameters stay whole for the next forward
         discard=partial(discard, states),
         allocates=False,
     )
