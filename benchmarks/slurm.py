@@ -3,7 +3,8 @@
     python benchmarks/slurm.py [overhead] [trials] [preemptions=N] [--json FILE]
 
 overhead      sbatch to the first line of Python in the rank, and to the job's end: our script against one written by hand
-trials        1,000 tasks as one array of ours, as 1,000 sbatch calls: seconds and RPCs at the controller (sdiag)
+trials        1,000 trials as our sweep, 1,000 calls by submitit's map_array, 1,000 sbatch calls: seconds, and RPCs at the controller
+              (sdiag); planning and writing the sweep's folders is counted by itself
 preemptions   steps and seconds lost, N with a warning and N without (default 20 of each)
 
 Needs root and slurm-wlm and munge (installed by apt when absent). Left out: queueing, which is the site's.
@@ -43,7 +44,7 @@ def overhead(cluster: Any, work: Path) -> dict[str, Any]:
 
     site = build_site({"partition": "low", "time": "5"}, "bench")
     found: dict[str, Any] = {}
-    folder, plan = begin(work / "overhead", cluster)
+    folder, plan = begin(work / "overhead")
     folder.logs.mkdir()
     (folder.root / "rank.py").write_text(RANK)
     ours = preview(plan, folder)
@@ -56,61 +57,77 @@ def overhead(cluster: Any, work: Path) -> dict[str, Any]:
         f"#SBATCH --export=NONE\nexport SLURM_EXPORT_ENV=ALL\ncd {folder.root}\nsrun {sys.executable} rank.py {mark}\n"
     )
     assert site.requeue
-    for name, text in {"by_hand": by_hand, "ours": ours}.items():
-        script = work / f"{name}.sh"
-        script.write_text(text)
-        starts, ends = [], []
-        for _ in range(REPEATS):
+    scripts = {"by_hand": by_hand, "ours": ours}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in scripts}
+    for name, text in scripts.items():
+        (work / f"{name}.sh").write_text(text)
+    for _ in range(REPEATS):  # in turns: what else the machine does falls on both
+        for name in scripts:
             mark.unlink(missing_ok=True)
             record.update(folder, state="PENDING")
             began = time.time()
-            job = cluster.ask("sbatch", "--parsable", str(script)).strip()
+            job = cluster.ask("sbatch", "--parsable", str(work / f"{name}.sh")).strip()
             cluster.wait_state(job, "COMPLETED", "FAILED")
-            ends.append(time.time() - began)
-            starts.append(float(mark.read_text()) - began)
+            times[name].append((float(mark.read_text()) - began, time.time() - began))
+    for name, pairs in times.items():
+        starts, ends = zip(*pairs, strict=True)
         found[name] = {"to_first_line_s": statistics.median(starts), "to_end_s": statistics.median(ends)}
-    for key in ("to_first_line_s", "to_end_s"):
-        found[f"difference_{key}"] = found["ours"][key] - found["by_hand"][key]
+    for i, key in enumerate(("to_first_line_s", "to_end_s")):
+        gaps = [ours[i] - hand[i] for ours, hand in zip(times["ours"], times["by_hand"], strict=True)]
+        found[f"difference_{key}"] = statistics.median(gaps)
     return found
 
 
 def trials(cluster: Any, work: Path) -> dict[str, Any]:
     """Seconds until the scheduler has all of them, held so that none runs, and RPCs counted by sdiag meanwhile."""
+    from trebuchet.launcher import sweep
+
     site = build_site({"partition": "low", "time": "5", "extra": ["--hold"]}, "bench")
     script = work / "one.sh"
     script.write_text("#!/bin/bash\n#SBATCH --partition=low\n#SBATCH --hold\n#SBATCH --output=/dev/null\ntrue\n")
+    space = {"optimization.learning_rate": {"log_uniform": [1e-5, 1e-2]}}
+    config = configuration(work / "sweep", partition="low", extra=["--hold"])
+    began = time.perf_counter()
+    folder = sweep.begin(sweep.plan_sweep({**config, "sweep": {"space": space, "trials": 1000}}))
+    prepared = time.perf_counter() - began
 
-    def ours() -> None:
+    def map_array() -> None:
         fan_out(math.sqrt, range(1000), site=site, folder=work / f"array-{time.time_ns()}", name="trials")
-
-    def one_array() -> None:
-        cluster.ask("sbatch", "--array=0-999%50", str(script))
 
     def singly() -> None:
         for _ in range(1000):
             cluster.ask("sbatch", str(script))
 
-    found = {}
-    for name, submit in {"ours, by submitit": ours, "sbatch --array": one_array, "1,000 sbatch calls": singly}.items():
-        before, began = submissions(cluster), time.perf_counter()
+    ways: dict[str, Callable[[], Any]] = {
+        "ours": lambda: sweep.start(folder, range(1000)),
+        "submitit map_array": map_array,
+        "1,000 sbatch calls": singly,
+    }
+    found: dict[str, Any] = {"seconds to plan and write 1,000 trials": prepared}
+    for name, submit in ways.items():
+        before, began = rpcs(cluster), time.perf_counter()
         submit()
-        taken, after = time.perf_counter() - began, submissions(cluster)
-        found[name] = {"seconds": taken, "submit_rpcs": after - before}
+        taken, after = time.perf_counter() - began, rpcs(cluster)
+        found[name] = {"seconds": taken, **{kind: after[kind] - before[kind] for kind in after}}
         cluster.ask("scancel", "--user=root")
     return found
 
 
-def submissions(cluster: Any) -> int:
-    """REQUEST_SUBMIT_BATCH_JOB messages that the controller has had."""
-    hit = re.search(r"REQUEST_SUBMIT_BATCH_JOB\s+\(\s*\d+\)\s+count:(\d+)", cluster.ask("sdiag"))
-    return int(hit[1]) if hit else 0
+def rpcs(cluster: Any) -> dict[str, int]:
+    """Messages that the controller has had: jobs submitted, and all but its own and sdiag's."""
+    counts = dict(re.findall(r"(\w+)\s+\(\s*\d+\)\s+count:(\d+)", cluster.ask("sdiag").partition("by user")[0]))
+    own = ("MESSAGE_NODE_REGISTRATION_STATUS", "REQUEST_STATS_INFO")
+    return {
+        "submit_rpcs": int(counts.get("REQUEST_SUBMIT_BATCH_JOB", 0)),
+        "rpcs": sum(int(count) for kind, count in counts.items() if kind not in own),
+    }
 
 
 def preemptions(cluster: Any, work: Path, count: int) -> dict[str, Any]:
     """One endless run of a tiny model, preempted `count` times with grace time, then as often without."""
     found = {}
     for name, partition in {"with warning": "low", "without warning": "abrupt"}.items():
-        folder, plan = begin(work / partition, cluster, partition=partition)
+        folder, plan = begin(work / partition, partition)
         from trebuchet.slurm import scheduler
 
         scheduler.submit(folder, plan)
@@ -129,18 +146,22 @@ def preemptions(cluster: Any, work: Path, count: int) -> dict[str, Any]:
     return found
 
 
-def begin(output: Path, cluster: Any, partition: str = "low") -> tuple[RunFolder, Any]:
+def begin(output: Path, partition: str = "low") -> tuple[RunFolder, Any]:
+    return api.begin(configuration(output, partition))
+
+
+def configuration(output: Path, partition: str, **slurm: Any) -> dict[str, Any]:
     """A tiny model on one CPU rank, with checkpoints every ten steps and no end in sight."""
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = tiny_model(output.parent / "model", shape)
     rows = output.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"row {i} " * 8}) + "\n" for i in range(64)))
     file = output.parent / f"{partition}.yaml"
-    settings = {"partition": partition, "time": "60"}
+    settings = {"partition": partition, "time": "60", **slurm}
     file.write_text(
         json.dumps({"scheduler": "slurm", "groups": [{"host_memory_gib": 8, "cores": 1}], "slurm": settings})
     )
-    config = {
+    return {
         "model": {"name": str(model), "dtype": "fp32"},
         "data": {"train": {"path": str(rows), "format": "text"}, "eval": 0, "max_length": 64},
         "objective": "pretrain",
@@ -150,7 +171,6 @@ def begin(output: Path, cluster: Any, partition: str = "low") -> tuple[RunFolder
         "output": str(output),
         "cluster": {"name": str(file)},
     }
-    return api.begin(config)
 
 
 def tiny_model(folder: Path, shape: dict[str, int]) -> Path:
@@ -215,6 +235,7 @@ def main(words: list[str]) -> None:
                 work = Path(folder) / name
                 work.mkdir()
                 found[name] = verbs[name](cluster, work, *([int(count)] if count else []))
+                found[name]["load"] = os.getloadavg()
                 print(json.dumps({name: found[name]}, indent=1), flush=True)
         finally:
             cluster.stop()

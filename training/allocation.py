@@ -28,6 +28,7 @@ import torch.distributed as dist
 
 from ..launcher.record import versions, write_atomically
 
+UNSEEN = "what another rank wrote there is not seen"
 SKEW_S = 5.0  # clocks that differ by more make time limits, file times and logs disagree
 REDUCED_BYTES = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}  # large enough that latency does not count
 COMPARED = (
@@ -80,7 +81,7 @@ def examine(
         versions=_versions(),
         clock=clock,
         folder=written or _read(folder / f".allocation-{(rank + 1) % world}", str((rank + 1) % world)),
-        free_bytes=shutil.disk_usage(folder).free,
+        free_bytes=_free_bytes(folder),
         model=_model(model),
     )
     everyone = [seen]
@@ -102,14 +103,13 @@ def examine(
 def problems(everyone: Sequence[Seen], *, needed_bytes: int = 0) -> list[str]:
     """One sentence per fault, each with the node; empty for a good allocation."""
     out = []
+    out += _folders(everyone)
     for one in everyone:
-        if one.folder:
-            out.append(f"{one.node} (rank {one.rank}): the run folder: {one.folder}")
         if one.model:
             out.append(f"{one.node} (rank {one.rank}): the model: {one.model}")
     for node in dict.fromkeys(one.node for one in everyone):
         free = min(one.free_bytes for one in everyone if one.node == node)
-        if free < needed_bytes:
+        if 0 <= free < needed_bytes:
             have, need = free / 2**30, needed_bytes / 2**30
             out.append(f"{node}: {have:.1f} GiB free where the run folder is, {need:.1f} needed for its checkpoints")
     for gpu, count in Counter(one.gpu for one in everyone if one.gpu).items():
@@ -129,6 +129,35 @@ def problems(everyone: Sequence[Seen], *, needed_bytes: int = 0) -> list[str]:
     return out
 
 
+def _folders(everyone: Sequence[Seen]) -> list[str]:
+    """Who cannot write to the run folder, and who does not share it. Each rank reads the file of the next, so one node with a folder of
+    its own is complained of from both sides: by the rank before it, and by its last rank of the one after it."""
+    out, unwritten = [], {one.rank for one in everyone if one.folder and not one.folder.startswith(UNSEEN)}
+    pairs = []
+    for one in everyone:
+        following = everyone[(one.rank + 1) % len(everyone)]
+        if one.rank in unwritten:
+            out.append(f"{one.node} (rank {one.rank}): the run folder: {one.folder}")
+        elif one.folder and following.rank not in unwritten:  # what was not written cannot be seen
+            pairs.append((one, {one.node, following.node}))
+    alone = set.intersection(*(nodes for _, nodes in pairs)) if len(pairs) > 1 else set()
+    if len(alone) == 1:
+        node = alone.pop()
+        return [
+            *out,
+            f"{node}: the run folder: this node does not see what the others write there; is it on the shared file system?",
+        ]
+    return out + [f"{one.node} (rank {one.rank}): the run folder: {one.folder}" for one, _ in pairs]
+
+
+def _free_bytes(folder: Path) -> int:
+    """-1 where it cannot be told; the reason is in what writing to the folder gave."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return -1
+
+
 def _write(path: Path, text: str) -> str | None:
     try:
         with path.open("w") as file:
@@ -145,7 +174,7 @@ def _read(path: Path, expected: str) -> str | None:
     try:
         return None if path.read_text() == expected else f"{path.name} reads differently than it was written"
     except OSError as error:
-        return f"what another rank wrote there is not seen ({error.strerror}); is it on the shared file system?"
+        return f"{UNSEEN} ({error.strerror}); is it on the shared file system?"
 
 
 def _model(find: Callable[[], Path] | None) -> str | None:

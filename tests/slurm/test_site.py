@@ -20,6 +20,7 @@ from trebuchet.slurm.site import Site, build_site
         ({"mail-type": "END"}, ["write it as extra: [--mail-type=…]"]),
         ({"extra": ["--partiton=gpu"]}, ["sbatch has no option --partiton", "did you mean 'partition'"]),
         ({"extra": ["--nodes=4"]}, ["--nodes is decided by the plan"]),
+        ({"extra": ["--gpus-per-task=1"]}, ["--gpus-per-task is decided by the plan", "takes the one of its local rank"]),
         ({"extra": ["-N4"]}, ["is not a long option"]),
         ({"srun": ["--exat"]}, ["srun has no option --exat", "did you mean 'exact'"]),
         ({"time": 86400}, ['"24:00:00"']),

@@ -1,0 +1,112 @@
+"""Nodes with something wrong, on a real Slurm: what the doctor says of them, and runs that go on without them.
+
+The fault of a node is in the Python that it finds: another version first on its path, a clock that is wrong, a file system of its own
+over a folder that the others share.
+"""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trebuchet.launcher import cli, record
+
+from .cluster import SlurmCluster
+from .running import finish, run_job, said, submit
+
+pytestmark = pytest.mark.slow
+Config = Callable[..., dict[str, Any]]
+OWN_FILES = """unshare --mount --propagation private bash -c 'mount -t tmpfs tmpfs "$0" && mkdir -p "$1" && shift && exec "$@"'"""
+
+
+@pytest.fixture
+def faulty_python(tmp_path: Path) -> Callable[[dict[str, str]], str]:
+    """A program that is this Python, but on some nodes begins with other shell lines."""
+
+    def build(faults: dict[str, str]) -> str:
+        cases = "".join(f"  {node}) {lines} ;;\n" for node, lines in faults.items())
+        file = tmp_path / "bin" / "python"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(
+            f'#!/bin/bash\ncase $SLURMD_NODENAME in\n{cases}esac\nexec {sys.executable} "$@"\n', encoding="utf-8"
+        )
+        file.chmod(file.stat().st_mode | stat.S_IXUSR)
+        return str(file)
+
+    return build
+
+
+@pytest.fixture
+def can_mount() -> None:
+    done = subprocess.run(
+        ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+
+
+def test_the_doctor_names_each_faulty_node(
+    slurm: SlurmCluster,
+    can_mount: None,
+    cluster_file: Callable[..., str],
+    faulty_python: Callable[[dict[str, str]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """n2 has another peft, n3 a wrong clock, n4 a run folder of its own; all of it is said at once, and of nobody else."""
+    old = tmp_path / "old" / "peft-0.0.1.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n", encoding="utf-8")
+    (tmp_path / "late").mkdir()
+    shift = "import time\nright = time.time\ntime.time = lambda: right() + 400\n"
+    (tmp_path / "late" / "sitecustomize.py").write_text(shift, encoding="utf-8")
+    own = tmp_path / "here"
+    own.mkdir()
+    python = faulty_python(
+        {
+            "n2": f"export PYTHONPATH={tmp_path}/old:$PYTHONPATH",
+            "n3": f"export PYTHONPATH={tmp_path}/late:$PYTHONPATH",
+            "n4": f'exec {OWN_FILES} {own} "${{@: -1}}" {sys.executable} "$@"',
+        }
+    )
+    monkeypatch.chdir(own)
+    assert cli.main(["doctor", "--cluster", cluster_file(nodes=4, python=python)]) == 1
+    shown = capsys.readouterr().out
+    faults = [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
+    assert len(faults) == 3, shown
+    assert any(line.startswith("n2: peft 0.0.1, and ") for line in faults)
+    assert any(line.startswith("n3 (rank 2): its clock is +") for line in faults)
+    assert any(line.startswith("n4: the run folder: this node does not see") for line in faults)
+
+
+def test_a_node_that_cannot_read_the_model_is_left_out(
+    slurm: SlurmCluster,
+    can_mount: None,
+    cluster_file: Callable[..., str],
+    faulty_python: Callable[[dict[str, str]], str],
+    tiny_config: Config,
+    tiny_model: Path,
+    tmp_path: Path,
+) -> None:
+    """Before a model is loaded: n2 sees an empty folder in its place. The job goes back to the queue without n2 and ends elsewhere."""
+    python = faulty_python({"n2": f'exec {OWN_FILES} "{tiny_model}" "{tiny_model}" {sys.executable} "$@"'})
+    few = {"optimization.max_steps": 2, "evaluation.generations": 0}
+    cluster = cluster_file(nodes=2, python=python, nodelist=[])
+    run = submit(tiny_config(few, output=str(tmp_path / "run"), cluster={"name": cluster, "processes": 1}), cluster)
+    finish(run)
+    found = record.read(run)
+    assert found["state"] == "SUCCEEDED", said(run)
+    first, last = found["attempts"]
+    assert (
+        first["kind"] == "node"
+        and "n2 (rank 1): the model: " in first["reason"]
+        and "Goes on without n2." in first["reason"]
+    )
+    assert "n2" in first["nodes"] and "n2" not in last["nodes"]
+    assert "ExcNodeList=n2" in slurm.ask("scontrol", "show", "job", run_job(run))
