@@ -1,4 +1,4 @@
-"""The verbs after training: merge, export, eval. Each opens a finished run and does its work in this process.
+"""The verbs about runs that exist: list, show, merge, export, report, ui. Each does its work in this process.
 
 Registered by `cli.py`; like there, each function imports what it needs when it is called.
 """
@@ -15,6 +15,13 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 def add_verbs(verb: Any) -> None:
     """`verb(name, function, text, json=…)` makes a subparser."""
+    listing = verb("list", _list, "the runs of a folder", json=True)
+    listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
+    listing.add_argument(
+        "--where", action="append", default=[], metavar="KEY=VALUE", help="also != < <= > >= and ~ (contains)"
+    )
+    listing.add_argument("--sort", metavar="KEY", help="--sort=-KEY: largest first")
+    listing.add_argument("--cost", action="store_true", help="GPU-hours and money of each run and of the folder")
     merge = verb("merge", _merge, "the adapter of a run into its base, and proof that it is the same model", json=True)
     merge.add_argument("run", metavar="RUN")
     merge.add_argument(
@@ -28,11 +35,19 @@ def add_verbs(verb: Any) -> None:
     merge.add_argument(
         "--allow-pickle", action="store_true", help="read an adapter_model.bin, with the weights-only loader"
     )
+    export = verb("export", _export, "what a run made, for others: a folder, an adapter to serve, or a GGUF file")
+    export.add_argument("run", metavar="RUN")
+    export.add_argument("--format", choices=("hf", "adapter", "vllm", "gguf"), default="hf")
+    export.add_argument("--quant", choices=("f16", "q8_0"), default="f16", help="of a GGUF file")
+    export.add_argument("--output", metavar="FOLDER", help="default: RUN/exports/FORMAT")
     report = verb("report", _report, "one HTML file of a run, or of several side by side")
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run, or a folder of runs")
     report.add_argument(
         "--output", metavar="FILE", help="default: report.html in the run, or in the folder of the first"
     )
+    show = verb("show", _show, "one run; --lineage walks from its models back to base, rows and seeds", json=True)
+    show.add_argument("run", metavar="RUN")
+    show.add_argument("--lineage", action="store_true")
     ui = verb("ui", _ui, "the runs of a folder as live pages, on 127.0.0.1 with a token; read-only")
     ui.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
     ui.add_argument("--port", type=int, default=0, help="default: one that is free")
@@ -104,4 +119,51 @@ def _ui(options: argparse.Namespace) -> int:
     from .ui import serve
 
     serve(options.folder, options.port)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    quiet()
+    from ..training.deliver import export
+    from ..training.finished import open_finished
+
+    run = open_finished(options.run)
+    name = f"gguf-{options.quant}" if options.format == "gguf" else options.format
+    output = Path(options.output).expanduser().absolute() if options.output else run.folder.exports / name
+    output.parent.mkdir(parents=True, exist_ok=True)
+    print("\n".join(export(run, options.format, output, quant=options.quant)))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from . import record
+    from .cli import print_json
+    from .listing import lineage, lineage_text
+    from .run_folder import open_run
+    from .run_text import outcome, status
+
+    folder = open_run(options.run)
+    facts = record.read(folder)
+    if options.lineage:
+        found = lineage(folder)
+        print_json(found) if options.json else print(lineage_text(found))
+    elif options.json:
+        print_json(facts)
+    else:
+        print(status(folder, facts) + "\n" + outcome(folder, facts))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .cli import print_json
+    from .listing import choose, costs, more_of
+    from .run_text import listing, runs_of
+
+    found = choose([more_of(entry) for entry in runs_of(options.folder)], options.where, options.sort)
+    if options.json:
+        print_json(found)
+    elif options.cost:
+        print(costs(found, options.folder))
+    else:
+        print(listing(found, options.folder))
     return 0

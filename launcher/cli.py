@@ -113,8 +113,6 @@ def parser() -> argparse.ArgumentParser:
     logs.add_argument("-f", "--follow", action="store_true")
     cancel = verb("cancel", _cancel, "ask a run, or all trials of a sweep, to save a checkpoint and stop")
     cancel.add_argument("run", metavar="RUN")
-    listing = verb("list", _list, "the runs of a folder", json=True)
-    listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
     from .after import add_verbs
 
     add_verbs(verb)
@@ -239,17 +237,6 @@ def _cancel(options: argparse.Namespace) -> int:
 
     several = sweep_verbs.open_sweep(options.run)
     print(f"{options.run} {sweep_verbs.cancel(several) if several else api.cancel(options.run)}")
-    return 0
-
-
-def _list(options: argparse.Namespace) -> int:
-    from .run_text import listing, runs_of
-
-    found = runs_of(options.folder)
-    if options.json:
-        print_json(found)
-    else:
-        print(listing(found, options.folder))
     return 0
 
 

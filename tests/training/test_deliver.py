@@ -1,0 +1,112 @@
+"""`trebuchet export`: a GGUF read back, an adapter folder that PEFT opens, the lines that serve it, and what is refused."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trebuchet.launcher import api, cli, worker
+from trebuchet.launcher.errors import JobFailed, ModelError
+from trebuchet.training import gguf_file
+
+IDS = torch.arange(3, 43).view(2, 20)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., dict[str, Any]]) -> Path:
+    root = tmp_path_factory.mktemp("runs") / "it's mine"
+    changes = {
+        "strategy.method": "lora",
+        "strategy.lora": {"r": 4},
+        "optimization.learning_rate": 1e-2,
+        "evaluation.forgetting": 2,
+    }
+    folder, plan = api.begin(tiny_config({**changes, "optimization.max_steps": 4, "tracking": []}, output=str(root)))
+    folder.logs.mkdir()
+    assert worker.train(folder, plan)
+    assert cli.main(["merge", str(root)]) == 0
+    return root
+
+
+@pytest.mark.parametrize(("quant", "largest"), [("f16", 2e-3), ("q8_0", 5e-2)])
+def test_a_gguf_is_read_back_and_answers_as_the_merged_model(
+    run: Path, capsys: pytest.CaptureFixture[str], quant: str, largest: float
+) -> None:
+    """f16 keeps 11 bits of a weight, q8_0 7 bits and a sign against the largest of 32."""
+    assert cli.main(["export", str(run), "--format", "gguf", "--quant", quant]) == 0
+    said = capsys.readouterr().out
+    (file,) = (run / "exports" / f"gguf-{quant}").glob("*.gguf")
+    assert "read back: relative difference" in said and str(file) in said
+    options = {"gguf_file": file.name, "dtype": torch.float32}
+    found = AutoModelForCausalLM.from_pretrained(file.parent, **options)(IDS).logits
+    wanted = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)(IDS).logits
+    assert 0 < float((found - wanted).square().mean().sqrt() / wanted.std()) < largest
+    ours, back = (
+        AutoTokenizer.from_pretrained(run / "merged"),
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name),
+    )
+    text = "north river 7 stone é"
+    assert back(text).input_ids == ours(text).input_ids
+    assert "Loaded back with transformers" in (file.parent / "README.md").read_text()
+
+
+def test_rows_that_are_not_interleaved_are_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_file, "interleaved", lambda name, values, config: values)
+    output = run / "wrong.gguf"
+    with pytest.raises(JobFailed, match="does not answer"):
+        gguf_file.write(run / "merged", output, "f16", [row.tolist() for row in IDS], 0)
+    assert not list(run.glob("*wrong*"))
+
+
+def test_interleaving_is_that_of_the_format() -> None:
+    class Config:
+        num_attention_heads, num_key_value_heads = 2, 1
+
+    rows = np.arange(8.0)[:, None] @ np.ones((1, 3))
+    assert gguf_file.interleaved("q_proj", rows, Config)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_file.interleaved("v_proj", rows, Config) is rows
+
+
+def test_an_adapter_folder_comes_with_the_lines_that_serve_it(
+    run: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from peft import PeftModel
+
+    assert cli.main(["export", str(run), "--format", "adapter"]) == 0
+    folder = run / "exports" / "adapter"
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("serve"))
+    words = shlex.split(line.removeprefix("serve"))
+    assert words == [
+        "vllm",
+        "serve",
+        str(tiny_model),
+        "--enable-lora",
+        "--max-lora-rank",
+        "8",
+        "--lora-modules",
+        f"it's mine={folder}",
+    ]
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), str(folder))
+    assert subprocess.run(["bash", "-n", str(folder / "serve.sh")]).returncode == 0
+    ray = yaml.safe_load((folder / "serve.yaml").read_text())["applications"][0]["args"]["llm_configs"][0]
+    assert ray["engine_kwargs"]["enable_lora"] and ray["model_loading_config"]["model_source"] == str(tiny_model)
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card and "held-out" in card and str(tiny_model) not in card
+    assert cli.main(["export", str(run), "--format", "adapter"]) == 2  # it is there already
+    assert "exists" in capsys.readouterr().err
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(ModelError, match="Llama-shaped"):
+        gguf_file.write(tmp_path / "gpt2", tmp_path / "x.gguf", "f16", [[1, 2]], 0)
