@@ -145,7 +145,7 @@ _ENTRY = {
 
 
 def _named(kind: str, columns: dict[str, str], out: dict[str, Any], left: dict[str, Any], objective: str) -> None:
-    first, _, loader = kind.partition(".")
+    first, _, loader = kind.replace(":", ".").partition(".")
     if objective == "kto":
         out["format"] = "kto"
     elif objective in ("dpo", "orpo", "simpo", "reward"):

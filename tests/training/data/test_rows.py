@@ -99,3 +99,14 @@ def test_nothing_here_imports_torch_before_tensors_are_asked_for() -> None:
     code = "import sys, trebuchet.training.data; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_lognormal_mix_fills_rows_of_4096_to_98_percent_and_more() -> None:
+    """100,000 lengths of mean about 500 and 1,080, as conversations have them; best fit decreasing leaves under 0.1 %."""
+    draw = np.random.Generator(np.random.PCG64(0))
+    for mean in (5.8, 6.6):
+        lengths = np.clip(draw.lognormal(mean, 0.9, 100_000).astype(np.int64), 1, 4096)
+        rows = pack(lengths, 4096, seed=0)
+        assert lengths.sum() / (len(rows) * 4096) >= 0.98
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert max(int(lengths[list(row)].sum()) for row in rows) <= 4096

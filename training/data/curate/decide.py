@@ -52,6 +52,7 @@ def curate(data: Data, *, kind: str, roles: tuple[str, ...], seed: int, cache: P
         code_version(),
         [name for _, name in made],
         wanted.model_dump(mode="json"),
+        reward.content(wanted.reward, cache / "files") if wanted.reward else None,
         data.eval if isinstance(data.eval, float) else len(own_eval),
         seed,
     )

@@ -5,6 +5,7 @@ Imports torch and transformers when it is used. Left out: scoring over several d
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,16 @@ import numpy as np
 from ....launcher.errors import UserError
 from ....launcher.schema_curate import Reward
 from ..samples import Sample, Samples
+from ..tables import file_digest
 from ..turns import Chat
 from .rows import texts_of
+
+
+def content(reward: Reward, memo: Path) -> list[str]:
+    """Identity of a model in a folder by its files; of one on the Hub by its name."""
+    folder = Path(reward.model).expanduser()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")])
+    return [reward.model] if not files else [file_digest(file, memo) for file in files]
 
 
 class Scorer:
