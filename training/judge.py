@@ -14,6 +14,7 @@ from typing import Any
 
 from ..launcher.schema import Evaluation
 from . import forgetting, metrics, verdict
+from .data import TokenSet
 from .evaluate import HeldOut, held_out_loss
 from .scores import Subject, of_stepper, score, summary, text_bytes
 from .step import Stepper
@@ -43,12 +44,17 @@ class Judge:
 
     def of(self, subject: Subject) -> dict[str, Any]:
         held = self.held_out
-        found = score(subject, held.units.sample, held.rows, micro_batch=held.micro_batch, pad_id=self.pad_id)
+        found = score(subject, self._samples.sample, held.rows, micro_batch=held.micro_batch, pad_id=self.pad_id)
         return summary(found, self._bytes)
+
+    @property
+    def _samples(self) -> TokenSet:
+        assert isinstance(self.held_out.units, TokenSet)  # what the objectives of ONE_TOKEN_LOSS have
+        return self.held_out.units
 
     @cached_property
     def _bytes(self) -> list[int]:
-        return text_bytes(self.held_out.units.sample, [i for row in self.held_out.rows for i in row], self.tokenizer)
+        return text_bytes(self._samples.sample, [i for row in self.held_out.rows for i in row], self.tokenizer)
 
     @property
     def general(self) -> list[tuple[str, str]]:
