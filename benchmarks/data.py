@@ -9,6 +9,7 @@ all threads, so that a machine shared with others says the same; wall seconds st
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -66,11 +67,10 @@ def cpu_s() -> float:
 
 
 def tokens(megabytes: float = 20, name: str = SMOLLM2) -> None:
-    import datasets  # noqa: F401  what both sides import is not timed
-    import trl
     from transformers import AutoTokenizer
-    from trebuchet.training.data import prepare  # noqa: F401
 
+    for module in ("datasets", "trl", "trebuchet.training.data"):  # what both sides import is not timed
+        importlib.import_module(module)
     tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser())
     made = list(rows(megabytes))
     print(f"{len(made):,} rows, {megabytes:g} MB, rows of {MAX_LENGTH} tokens; load {os.getloadavg()[0]:.1f}")
