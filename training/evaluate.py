@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .data import Units, pack
+from .scores import Subject, asking
 from .step import Stepper
 
 if TYPE_CHECKING:
@@ -105,18 +106,18 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def answers(
-    stepper: Stepper,
+    subject: Subject,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[list[int], list[int]]],
     max_new_tokens: int,
 ) -> list[str]:
     """Greedy answers of the model as it is now, one per prompt. Local to the calling rank, unless the layout works together: then
     every rank asks the same and, holding the same weights, hears the same."""
-    model: Any = stepper.layout.inside
+    model: Any = subject.inside
     texts = []
-    with evaluating(model), torch.no_grad(), stepper.autocasting():
+    with asking(subject):
         for prompt, _ in prompts:
-            ids = torch.tensor([prompt], device=stepper.runtime.device)
+            ids = torch.tensor([prompt], device=subject.device)
             out = model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -127,7 +128,6 @@ def answers(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )
             texts.append(str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip())
-    stepper.layout.rest()
     return texts
 
 

@@ -27,6 +27,7 @@ from .objectives import make as make_objective
 from .optim import make_optimizer, make_schedule
 from .reference import AdaptersOff, Copy, Precomputed, precompute
 from .runtime import Runtime
+from .scores import of_stepper
 from .step import Stepper
 
 
@@ -241,7 +242,7 @@ class Session:
         if self.runtime.main or loop.stepper.layout.together:
             prompts = loop.held_out.prompts(self.generations)
             found["answers"] = evaluate.answers(
-                loop.stepper, self.tokenizer, prompts, self.config.evaluation.max_new_tokens
+                of_stepper(loop.stepper), self.tokenizer, prompts, self.config.evaluation.max_new_tokens
             )
         self.runtime.barrier()
         return found

@@ -110,3 +110,20 @@ def test_other_architectures_are_refused(tmp_path: Path) -> None:
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50)).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(ModelError, match="Llama-shaped"):
         gguf_file.write(tmp_path / "gpt2", tmp_path / "x.gguf", "f16", [[1, 2]], 0)
+
+
+def test_eval_of_the_saved_model_says_what_the_run_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Opened with plain transformers and PEFT: the same rows, the same losses, the same words of the base; other metrics."""
+    import json
+
+    was = json.loads((run / "evaluation.json").read_text())
+    assert cli.main(["eval", str(run), "--metrics", "exact_match,compiles", "--generations", "3"]) == 0
+    assert "held-out" in capsys.readouterr().out
+    now = json.loads((run / "evaluation.json").read_text())
+    for when in ("before", "after"):
+        np.testing.assert_allclose(now[when]["rows"]["loss"], was[when]["rows"]["loss"], rtol=1e-4)
+        assert now[when]["rows"]["correct"] == was[when]["rows"]["correct"]
+    assert now["before"]["said"] == was["before"]["said"] and len(now["samples"]) == 3
+    assert {"exact_match", "compiles"} <= set(now["compared"])
+    assert cli.main(["eval", str(run), "--metrics", "exact"]) == 2
+    assert "did you mean 'exact_match'" in capsys.readouterr().err
