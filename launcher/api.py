@@ -143,8 +143,9 @@ def preflight(decided: Plan) -> Prepared | None:
         prefetch.fetch(decided)
         return None
     refuse_missing_trackers(decided.config)
-    from ..training import load
+    from ..training import judge, load
 
+    judge.check(decided.config.evaluation)
     folder = load.model_folder(decided.config.model, decided.model)
     tokenizer = load.load_tokenizer(folder, decided.config.model)
     return load.prepared_data(decided.config, decided.model, tokenizer)

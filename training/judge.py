@@ -28,6 +28,14 @@ HEAVY = (
 ONE_TOKEN_LOSS = ("sft", "pretrain")  # objectives whose held-out rows can be scored one by one
 
 
+def check(settings: Evaluation) -> None:
+    """Before anything is started: metrics that exist, general rows that can be read. Raises UserError or DataError."""
+    for name in settings.metrics:
+        metrics.find(name)
+    if settings.forgetting:
+        forgetting.read(settings.general)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Judge:
     tokenizer: Any

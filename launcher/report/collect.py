@@ -33,6 +33,12 @@ class Run:
         return str(self.record["run"])
 
     @property
+    def model_name(self) -> str:
+        """A Hub id as it is, of a folder its last part."""
+        name = str(self.record["model"]["name"])
+        return Path(name).name if Path(name).is_absolute() else name
+
+    @property
     def chosen(self) -> dict[str, Any]:
         return self.plan.get("chosen") or {}
 

@@ -183,3 +183,12 @@ def test_general_rows_are_checked(tmp_path: Path) -> None:
     (tmp_path / "g.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": "a"}\n')
     with pytest.raises(DataError, match=r"g.jsonl:2"):
         forgetting.read(str(tmp_path / "g.jsonl"))
+
+
+def test_a_metric_that_does_not_exist_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]
+) -> None:
+    for changes in ({"evaluation.metrics": ["rogue"]}, {"evaluation.general": "nowhere.jsonl"}):
+        with pytest.raises(UserError, match=r"did you mean 'rouge'|does not exist"):
+            api.begin(tiny_config(changes, output=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
