@@ -147,8 +147,7 @@ def preflight(decided: Plan) -> Prepared | None:
 
     judge.check(decided.config.evaluation)
     folder = load.model_folder(decided.config.model, decided.model)
-    tokenizer = load.load_tokenizer(folder, decided.config.model)
-    return load.prepared_data(decided.config, decided.model, tokenizer)
+    return load.prepared_data(decided.config, decided.model, load.load_tokenizer(folder, decided.config.model))
 
 
 def can_read_data() -> bool:
