@@ -106,14 +106,14 @@ def test_names_of_gpus(word: str, name: str | None) -> None:
 
 
 def test_a_real_partition(slurm: SlurmCluster) -> None:
-    """Four nodes of 8 cores and 16,000 MiB with two GPUs whose Gres names no type."""
+    """Four nodes of 8 cores and 64,000 MiB with two GPUs whose Gres names no type."""
     with pytest.raises(ClusterError, match=r"does not say of which type.*slurm:low:A100-80GB"):
         load_cluster("slurm:low")
     cluster = load_cluster("slurm:low:L4")
     (group,) = cluster.groups
     assert (cluster.scheduler, cluster.slurm["partition"], cluster.slurm["time"]) == ("slurm", "low", "01:00:00")
     assert (group.nodes, group.gpus_per_node, group.gpu, group.cores) == (4, 2, "L4", 8)
-    assert group.host_memory_gib == pytest.approx(16000 / 1024, abs=0.01)
+    assert group.host_memory_gib == pytest.approx(64000 / 1024, abs=0.01)
     with pytest.raises(ClusterError, match=r"no partition 'lwo'; did you mean 'low'"):
         load_cluster("slurm:lwo")
     slurm.ask("scontrol", "update", "NodeName=n4", "State=DRAIN", "Reason=test")

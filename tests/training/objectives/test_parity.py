@@ -127,7 +127,8 @@ def test_what_is_cut_and_dropped_is_the_same(compare: Callable[..., Any], trl: C
     from trl import DPOConfig, DPOTrainer
 
     limit = 12
-    loop = compare({"name": "dpo"}, {"data.max_length": limit, "data.max_truncated": 1.0})
+    rows = {"optimization.global_batch_size": 11}  # what is left of them is one batch
+    loop = compare({"name": "dpo"}, {"data.max_length": limit, "data.max_truncated": 1.0, **rows})
     policy = plain_copy(loop.stepper.model_inside())
     trainer = trl.make_trainer(DPOTrainer, DPOConfig, policy, pairs(), reference=True, max_length=limit)  # type: ignore[attr-defined]
     assert 0 < len(loop.units) == len(trainer.train_dataset) < len(pairs())
