@@ -82,6 +82,14 @@ class Browser:
         while not any(e.get("method") == event for e in self.events):
             self.events.append(json.loads(self.socket.recv()))
 
+    def follow(self, code: str) -> None:
+        """Runs a script that leaves the page, and returns when the next one is loaded: a question in between is lost with the page."""
+        loaded = "Page.loadEventFired"
+        before = sum(e.get("method") == loaded for e in self.events)
+        self.script(code)
+        while sum(e.get("method") == loaded for e in self.events) == before:
+            self.events.append(json.loads(self.socket.recv()))
+
     def script(self, code: str) -> Any:
         """The value of an expression; a promise is awaited."""
         found = self.call("Runtime.evaluate", expression=code, returnByValue=True, awaitPromise=True)

@@ -217,7 +217,7 @@ def test_without_token_from_elsewhere_or_outside_the_folder_nothing_is_told(serv
 def test_a_page_follows_a_run_that_trains(server: Server, browser: Browser) -> None:
     folder = made.write(server.runs.root / "now", made.planned(2e-4), steps=20, state=JobState.RUNNING)
     browser.open(server.address)
-    browser.script("document.querySelector('a[href=\"/run/now\"]').click()")
+    browser.follow("document.querySelector('a[href=\"/run/now\"]').click()")
     ready = "new Promise(done => {{ const look = () => ({}) ? done(true) : setTimeout(look, 50); look(); }})"
     browser.script(
         ready.format(
