@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Literal, cast
 
 from ..strategies import throughput
@@ -191,11 +192,16 @@ def targets(config: TrainConfig) -> tuple[str, ...]:
 
 def dims(model: ModelSpec) -> ModelDims:
     """The sizes that the formulas read. One object per model: it keeps the counts that thousands of candidates share."""
-    names = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-    names += ("tie_word_embeddings", "num_experts", "experts_per_token", "params")
-    return _dims(*((name, getattr(model, name)) for name in names), ("fused_experts", model.expert_params > 0))
+    return _dims(*_sizes(model), model.expert_params > 0)
 
 
 @lru_cache(maxsize=64)
-def _dims(*sizes: tuple[str, Any]) -> ModelDims:
-    return ModelDims(**dict(sizes))
+def _dims(*sizes: Any) -> ModelDims:
+    return ModelDims(**dict(zip((*_SIZES, "fused_experts"), sizes, strict=True)))
+
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size",
+    "tie_word_embeddings", "num_experts", "experts_per_token", "params",
+)  # fmt: skip
+_sizes = attrgetter(*_SIZES)

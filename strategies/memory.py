@@ -34,7 +34,7 @@ from .memory_activations import Activations, activations
 from .memory_constants import CONSTANTS as C
 from .memory_request import MemoryRequest, ModelDims
 from .memory_reserved import process, reserved
-from .memory_states import States, states, trainable_width
+from .memory_states import States, residual_width, states, trainable_width
 
 __all__ = ["MemoryEstimate", "MemoryRequest", "ModelDims", "estimate"]
 
@@ -138,6 +138,8 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
     moments += [
         ("forward_backward", {**resident, **parts}) for parts in (at_loss, last_block, last_end, first_block, first_end)
     ]
+    if s.head:
+        moments += [("forward_backward", {**resident, **parts}) for parts in _head_arrives(r, s, a, early, one)]
     if s.reduced_root:
         moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a, early)]
     elif not r.adapters and r.parallel in ("none", "ddp") and (early or not r.model.head_params):
@@ -150,6 +152,18 @@ def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dic
         ("optimizer_step", {**resident, "gradients": s.gradients, "step_temporary": s.step_temporary}),
         ("checkpoint_save", {**resident, "gathered": s.block}),
     ]
+
+
+def _head_arrives(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[dict[str, int]]:
+    """Moments of FSDP2 with a head that is a unit of its own. The buffer of its all-gather and the weight copied out of it are both
+    there when it arrives, beside the last block's buffer (torch 2.13, FSDPParamGroup.wait_for_unshard), the last hidden state and
+    its norm; and they stay through its forward, in which this project's loss forms its gradient when the head is frozen."""
+    hidden = 2 * r.model.hidden_size * residual_width(r) * r.tokens
+    base = {"gradients": early, "gathered": s.root + 2 * s.head}
+    moments = [{**base, "gathered": base["gathered"] + one, "activations": a.kept + hidden}]
+    if r.kernels == "trebuchet" and r.adapters:
+        moments.append({**base, "activations": a.kept, "logits": a.loss})
+    return moments
 
 
 def _pools(s: States) -> int:

@@ -66,12 +66,12 @@ class ModelDims:
                 f"model.experts_per_token is {self.experts_per_token}, more than model.num_experts ({self.num_experts})"
             )
 
-    @property
+    @cached_property
     def experts(self) -> int:
         """MLPs in a block: 1 for a dense model."""
         return self.num_experts or 1
 
-    @property
+    @cached_property
     def active_experts(self) -> int:
         """MLPs that one token passes through: 1 for a dense model."""
         return self.experts_per_token or 1
@@ -120,12 +120,12 @@ class ModelDims:
         """Elements of one transformer block."""
         return self.block_linear_params + self.block_other_params
 
-    @property
+    @cached_property
     def embedding_params(self) -> int:
         """Elements of the token embedding."""
         return self.vocab_size * self.hidden_size
 
-    @property
+    @cached_property
     def head_params(self) -> int:
         """Elements of an output head of its own; 0 where it is tied to the embedding."""
         return 0 if self.tie_word_embeddings else self.embedding_params
@@ -191,22 +191,22 @@ class MemoryRequest:
                 known = ", ".join(LINEARS)
                 raise ValueError(f"lora_targets must name some of {known}, lm_head; got {self.lora_targets!r}")
 
-    @property
+    @cached_property
     def shards(self) -> int:
         """How many pieces a sharded state is cut into."""
         return self.gpus // self.dp_replicate
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Rows in one forward pass: a preference pair is two."""
         return self.micro_batch * (2 if self.objective in PAIRED else 1)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Tokens in one forward pass of one GPU."""
         return self.rows * self.seq_len
 
-    @property
+    @cached_property
     def adapters(self) -> bool:
         """Whether only adapters train."""
         return self.method != "full"

@@ -13,10 +13,15 @@ Left out: what grows with tokens (`memory_activations.py`) and what the allocato
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar, cast
 
 from .memory_constants import CONSTANTS as C
 from .memory_request import SHARDED, MemoryRequest
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +58,26 @@ class States:
     host: int
 
 
+def once(count: Callable[[MemoryRequest], T]) -> Callable[[MemoryRequest], T]:
+    """`count`, worked out once for each request: a planner asks for some of these widths fifteen times in one estimate."""
+    key = f"_{count.__name__}"
+
+    def known(r: MemoryRequest) -> T:
+        kept = r.__dict__
+        if key not in kept:
+            kept[key] = count(r)
+        return cast(T, kept[key])
+
+    return wraps(count)(known)
+
+
+@once
 def compute_width(r: MemoryRequest) -> int:
     """Bytes of an element of the matrix products: 4 in fp32, else 2."""
     return 4 if r.precision == "fp32" else 2
 
 
+@once
 def trainable_width(r: MemoryRequest) -> int:
     """Bytes of a trainable parameter as the optimizer sees it in its module.
 
@@ -72,6 +92,7 @@ def trainable_width(r: MemoryRequest) -> int:
     return 4 if mixed and r.parallel not in ("zero2", "zero3") else 2
 
 
+@once
 def adapter_params(r: MemoryRequest) -> int:
     """Elements of all adapters: r x (in + out) for every target of every layer (of every expert)."""
     m, total = r.model, 0
@@ -81,6 +102,7 @@ def adapter_params(r: MemoryRequest) -> int:
     return total * (r.lora_r or 0) if r.adapters else 0
 
 
+@once
 def base_linear_width(r: MemoryRequest) -> tuple[float, float]:
     """Bytes of a weight of a projection matrix: (what a sharded layout cuts, what stays on every rank).
 
@@ -101,6 +123,7 @@ def base_linear_width(r: MemoryRequest) -> tuple[float, float]:
     return float(compute_width(r)), 0.0
 
 
+@once
 def other_width(r: MemoryRequest) -> int:
     """Bytes of a weight of embedding, head and norms when the base is frozen.
 
@@ -111,11 +134,13 @@ def other_width(r: MemoryRequest) -> int:
     return 4 if kbit else compute_width(r)
 
 
+@once
 def hidden_width(r: MemoryRequest) -> int:
     """Bytes of a hidden-state element between the projections."""
     return max(compute_width(r), other_width(r)) if r.adapters else compute_width(r)
 
 
+@once
 def residual_width(r: MemoryRequest) -> int:
     """Bytes of an element of the residual stream. Under autocast, without FSDP's casts, fp32 weights make it fp32: the
     embedding is, and adding a 16-bit output to fp32 stays so."""
@@ -143,7 +168,8 @@ def states(r: MemoryRequest) -> States:
         weights, adapter_bytes, gradients = stay, 0, 0
     root, block = _gathered(r, n)
     apart = r.parallel == "fsdp2" and m.head_params > 0  # embedding and head are units of their own, like a block
-    head = m.head_params * (other_width(r) if r.adapters else compute) if apart and n > 1 else 0
+    whole = n > 1 or r.offload == "params"  # from the other ranks' shards, or from host memory
+    head = m.head_params * (other_width(r) if r.adapters else compute) if apart and whole else 0
     whole_gradients = compute if n > 1 or zero else width
     autocast = residual_width(r) > hidden_width(r)
     fsdp2 = r.parallel == "fsdp2" and n > 1 and not r.adapters
@@ -217,7 +243,7 @@ def _optimizer(r: MemoryRequest, trainable: int, n: int) -> tuple[int, int]:
 
 def _gathered(r: MemoryRequest, n: int) -> tuple[int, int]:
     """(root unit, blocks) that are whole on every rank while computing, in bytes."""
-    if r.parallel not in SHARDED or (n == 1 and r.parallel != "zero3"):
+    if r.parallel not in SHARDED or (n == 1 and r.parallel != "zero3" and r.offload != "params"):
         return 0, 0
     m = r.model
     root = (m.embedding_params + m.head_params) * (other_width(r) if r.adapters else compute_width(r))

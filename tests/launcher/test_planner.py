@@ -34,7 +34,8 @@ def plan(name: str, on: str | Cluster, strategy: Any = "auto", **sections: Any) 
     return make_plan(config, load_model_spec(config.model), where)
 
 
-# What people who do this for a living would choose, mostly with default settings; read one by one, not taken over from the planner.
+# Independent of the planner: the cases that the requirement names (8B and 70B on A100s, 24 GB cards, a T4, and what fits nowhere).
+# The others were made by the planner and then read over one by one; they hold its decisions still and do not prove them right.
 DECISIONS = json.loads((Path(__file__).parent / "data" / "decisions.json").read_text(encoding="utf-8"))
 
 

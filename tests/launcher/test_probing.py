@@ -10,6 +10,7 @@ from trebuchet.launcher import api
 from trebuchet.launcher.cli import main
 from trebuchet.launcher.cli_plan import probe_lines
 from trebuchet.launcher.errors import UserError
+from trebuchet.launcher.model_spec import table_config
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.probing import probe
 
@@ -25,6 +26,22 @@ SHAPES = {
 
 def planned(name: str, cluster: str, overrides: list[str]) -> Plan:
     return api.plan({"model": name, "data": "train.jsonl"}, cluster=cluster, overrides=overrides)
+
+
+# All 80 layers take minutes. Each adds the same boundary and shards; with few the gathered head weighs most, which hides nothing.
+LAYERS_OF_THE_70B = 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [["strategy.checkpointing=full", "optimization.micro_batch=1"], []])
+def test_qlora_of_a_70b_with_parameters_on_the_host_of_two_ranks(tmp_path: Path, settings: list[str]) -> None:
+    sizes = {**table_config("meta-llama/Llama-3.1-70B"), "num_hidden_layers": LAYERS_OF_THE_70B}
+    (tmp_path / "config.json").write_text(json.dumps({**sizes, "architectures": ["LlamaForCausalLM"]}))
+    forced = ["strategy.method=qlora", "strategy.parallel=fsdp2", "strategy.offload=params", *settings]
+    plan = planned(str(tmp_path), "rtx4090-2x24gb", forced)
+    assert plan.chosen is not None and plan.chosen.ranks == 2
+    found = probe(plan)
+    assert abs(found["difference"]) <= 0.05, found
 
 
 @pytest.mark.slow
