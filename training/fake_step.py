@@ -120,6 +120,7 @@ def build(plan: Plan) -> Any:
         found: Any = AutoConfig.from_pretrained(plan.model.path, local_files_only=True)
     else:
         row = table_config(plan.model.name)
+        assert row is not None, "a model without a folder is one of the table"
         found = AutoConfig.for_model(**row)
     with torch.device("meta"):
         net: Any = AutoModelForCausalLM.from_config(
