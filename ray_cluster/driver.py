@@ -44,9 +44,8 @@ def go_on_lighter(folder: RunFolder, plan: Plan, next_plan: Plan, error: str) ->
     assert plan.chosen is not None and next_plan.chosen is not None
     how = f"Goes on with {retry.words(plan.chosen, next_plan.chosen)}, and the same global batch."
     record.update(folder, attempt={"kind": "oom"})
-    record.end_attempt(folder, JobState.OUT_OF_MEMORY, 1, f"{error} {how}")
+    record.end_attempt(folder, JobState.OUT_OF_MEMORY, 1, f"{error} {how}", goes_on=True)
     record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
-    record.update(folder, state=JobState.PENDING.value, exit_code=None, error=None)
 
 
 def fit(folder: RunFolder, plan: Plan) -> str | None:

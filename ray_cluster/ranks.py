@@ -117,7 +117,7 @@ def close_last(folder: RunFolder, last: dict[str, Any], left: dict[str, Any] | N
         reason = (left or {}).get("error") or "a rank or its node was lost"
     state = {"resized": JobState.PREEMPTED, "node": JobState.NODE_FAIL}.get(kind, JobState.FAILED)
     record.update(folder, attempt={"kind": kind, "kept": saved_step(folder) > last["first_step"]})
-    record.end_attempt(folder, state, 1, reason)
+    record.end_attempt(folder, state, 1, reason, goes_on=True)
 
 
 def in_vain(attempts: list[dict[str, Any]]) -> int:
