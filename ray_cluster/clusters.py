@@ -84,7 +84,7 @@ def wait_until_ready(folder: ClusterFolder) -> dict[str, Any]:
 
 
 def resize(name: str, nodes: int, *, at_most: bool = False) -> None:
-    """Exactly `nodes` nodes from now on; with `at_most` up to so many, started when work asks for them. The autoscaler reads its
+    """Exactly `nodes` nodes from now on; with `at_most` none to so many, as work asks for them. The autoscaler reads its
     file before each decision, so this returns at once. (A run that asks for more than `at_most` allows gets none of it: version 2
     of the autoscaler starts nothing for a request that it cannot meet whole.)"""
     folder = cluster_folder(name)
@@ -92,7 +92,7 @@ def resize(name: str, nodes: int, *, at_most: bool = False) -> None:
     config = yaml.safe_load(folder.autoscaling.read_text(encoding="utf-8"))
     worker = config["available_node_types"]["worker"]
     config["max_workers"] = worker["max_workers"] = nodes
-    worker["min_workers"] = min(worker["min_workers"], nodes) if at_most else nodes
+    worker["min_workers"] = 0 if at_most else nodes
     write_atomically(folder.autoscaling, yaml.safe_dump(config, sort_keys=False))
 
 

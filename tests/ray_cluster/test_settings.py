@@ -162,5 +162,5 @@ def test_resizing_writes_what_the_autoscaler_reads(tmp_path: Path, monkeypatch: 
     clusters.resize(cluster.name, 2)
     assert limits() == (2, 2)
     clusters.resize(cluster.name, 3, at_most=True)
-    assert limits() == (2, 3)
+    assert limits() == (0, 3)
     assert json.loads(folder.facts.read_text())["name"] == cluster.name
