@@ -87,10 +87,10 @@ class NodeGroup(_Frozen):
         return self.host_memory_gib - self.host_reserved_gib
 
     def supports(self, dtype: Literal["bf16", "fp16", "fp32"]) -> bool:
-        """Whether the hardware multiplies in this dtype: a CPU in fp32 and bf16, a GPU by its compute capability (bf16
-        from 8.0 on), one without a capability as its `peak_tflops` say."""
+        """Whether the hardware multiplies in this dtype: a CPU in fp32 and bf16, unless its `capability` says fp32; a GPU by its
+        compute capability (bf16 from 8.0 on), one without a capability as its `peak_tflops` say."""
         if self.gpu is None:
-            return dtype != "fp16"
+            return dtype == "fp32" or (dtype == "bf16" and self.capability != "fp32")
         if dtype == "bf16" and self.capability and self.capability[0].isdigit():
             return float(self.capability) >= 8
         return dtype in self.peak_tflops or self.capability is not None

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from trebuchet.launcher import machine
+from trebuchet.launcher.cluster import NodeGroup
 from trebuchet.launcher.errors import ClusterError
 from trebuchet.launcher.machine import GIB, Gpu
 
@@ -186,3 +187,15 @@ def test_every_name_of_the_table_is_unique() -> None:
     assert len(names) == len(set(names))
     assert machine.gpu_type("NVIDIA A100-SXM4-80GB")[0] == "A100-80GB"
     assert machine.gpu_type("Tesla T4")[0] == "T4"
+
+
+@pytest.mark.parametrize(
+    ("flags", "lacks"), [({"avx2"}, True), ({"avx2", "avx512_bf16"}, False), ({"asimd", "bf16"}, False), (set(), False)]
+)
+def test_a_cpu_without_bf16_instructions_trains_in_fp32(
+    flags: set[str], lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [])
+    monkeypatch.setattr(machine, "cpu_flags", lambda: frozenset(flags))
+    (group,) = (NodeGroup(**found) for found in machine.inventory())
+    assert group.supports("fp32") and group.supports("bf16") != lacks and not group.supports("fp16")
