@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from . import actual, backends, record
@@ -94,7 +95,8 @@ def last_metrics(folder: RunFolder) -> dict[str, Any] | None:
 def outcome(folder: RunFolder, facts: dict[str, Any]) -> str:
     """What came of a run: evaluation before and after with answers side by side, or why it ended early."""
     if facts["state"] == "CANCELLED":
-        return f"stopped after step {facts['step']} of {facts['steps']}; go on with: trebuchet resume {folder.root}"
+        where = f"after step {facts['step']} of {facts['steps']}" if facts["steps"] else "before the first step"
+        return f"stopped {where}; go on with: trebuchet resume {quote(str(folder.root))}"
     if facts["state"] != "SUCCEEDED":
         return f"{facts['run']} {facts['state']}: {facts['error']}"
     lines = []
