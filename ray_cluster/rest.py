@@ -7,6 +7,7 @@ Ray Jobs REST API (docs.ray.io, cluster/running-applications/job-submission/rest
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -18,6 +19,7 @@ from ..launcher.errors import ClusterError, SchedulerRefused
 from .state import ClusterFolder
 
 TIMEOUT_S = 20.0
+AGENT_S = 90.0  # for the agent of a head that has just come up
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,15 @@ class Dashboard:
             "runtime_env": {"env_vars": environment},
             "metadata": metadata,
         }
-        self.ask("/api/jobs/", body, method="POST")
+        deadline = time.monotonic() + AGENT_S
+        while True:
+            try:
+                self.ask("/api/jobs/", body, method="POST")
+                return
+            except SchedulerRefused as refused:  # a head answers before its agent, which starts jobs, is there; nothing has begun
+                if "No available agent" not in str(refused) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.5)
 
     def job(self, submission_id: str) -> dict[str, Any] | None:
         """What is known of a job; None for one that the head does not know."""

@@ -142,7 +142,8 @@ def measure(request: MemoryRequest) -> tuple[float, float]:
 
 
 def request(**changes: Any) -> MemoryRequest:
-    """A LoRA run of `DIMS` on one row of `TOKENS`, with changes. (ddp: logits are let go after the loss.)"""
+    """A LoRA run of `DIMS` on one row of `TOKENS`, one sample and so no mask, with changes. (ddp: logits are let go after the
+    loss.)"""
     base = MemoryRequest(
         model=DIMS,
         method="lora",
@@ -153,6 +154,7 @@ def request(**changes: Any) -> MemoryRequest:
         seq_len=TOKENS,
         attention="sdpa",
         parallel="ddp",
+        packed=False,
     )
     return replace(base, **changes)
 

@@ -114,12 +114,12 @@ def _between(
     extra = any(turn.get(key) for key in ("tool_calls", *THOUGHTS))
     if content not in produced if extra else not produced.lstrip().startswith(content):
         return None
-    return len(before), _end(whole, len(before), len(upto), specials)
+    return len(before), _end(whole, len(before) + produced.find(content) + len(content), len(upto), specials)
 
 
 def _end(text: str, start: int, stop: int, specials: tuple[str, ...]) -> int:
     """Where the end token of text[start:stop] ends: the first of the run of special tokens at its end. None: where
-    the text does."""
+    the text does. `start` is after the turn's content, whose own last word may be a special token."""
     stop = start + len(text[start:stop].rstrip())
     end = stop
     while text.endswith(specials, start, stop):
@@ -147,9 +147,11 @@ def _by_generation(chat: Chat, renderer: Renderer, specials: tuple[str, ...]) ->
     spans, trained = [], chat.trained()
     for turn, (start, stop) in zip(turns, blocks, strict=True):
         if turn in trained:
-            if chat.messages[turn]["content"].strip() not in text[start:stop]:
+            content = chat.messages[turn]["content"].strip()
+            at = text.find(content, start, stop)
+            if at < 0:
                 return RowError(f"the {{% generation %}} block of message {turn + 1} does not hold its content")
-            spans.append((start, _end(text, start, stop, specials)))
+            spans.append((start, _end(text, at + len(content), stop, specials)))
     return Rendered(text=text, spans=spans, method="generation")
 
 

@@ -115,6 +115,14 @@ def test_an_end_token_inside_an_answer_does_not_end_it(chatml: Any, prep: Prep) 
     assert trained_texts(prepared, chatml) == ["It is <|im_end|> here.<|im_end|>", "Yes.<|im_end|>"]
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_an_answer_that_is_an_end_token_keeps_the_turn_s_own(name: str, byte_level: Tokenizer, prep: Prep) -> None:
+    template, end, _ = KINDS[name]
+    tokenizer = wrap(byte_level, template, eos=end)
+    prepared = prep([chat("Which token ends a turn?", end, "So?", "Yes. " + end)], tokenizer)
+    assert [t.replace(" ", "") for t in trained_texts(prepared, tokenizer)] == [end + end, "Yes." + end + end]
+
+
 def test_a_tokenizer_that_changes_text_is_verified_by_what_it_decodes_to(metaspace: Tokenizer, prep: Prep) -> None:
     tokenizer = wrap(metaspace, kit.PLAIN_STYLE, eos="<|eos|>")
     prepared = prep([chat("Which ﬁsh?", "A ﬁne ﬁsh, ½ a pound."), chat("And?", "  indented\n")], tokenizer)
