@@ -41,14 +41,15 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: Callable[[],
 
 
 def wait_for_world(folder: RunFolder, world: int, steps: int = 2) -> None:
-    """Until an attempt with `world` ranks has done `steps` steps."""
+    """Until an attempt with `world` ranks has done `steps` steps that none did before it."""
 
     def there() -> bool:
         state = api.current_state(folder)
         found = record.read(folder)
         assert not state.ended, json.dumps({k: found[k] for k in ("state", "error", "attempts")}, indent=1)
         last = found["attempts"][-1] if found["attempts"] else {}
-        return last.get("world") == world and found["step"] >= last["first_step"] + steps
+        done = max((attempt["last_step"] or 0 for attempt in found["attempts"][:-1]), default=0)
+        return last.get("world") == world and found["step"] >= max(done, last["first_step"]) + steps
 
     wait_for(there, 400, lambda: f"{world} ranks; {json.dumps(record.read(folder), indent=1)}")
 
@@ -80,7 +81,7 @@ def test_resized_up_and_down_with_a_lost_rank_between(
     wait_for_world(run, 3)
     clusters.resize(name, 2)
     wait_for_world(run, 2)
-    api.cancel(run)
+    api.cancel(str(run.root))
     lines = list(logs.lines(run, follow=True))
     found = record.read(run)
     assert found["state"] == "CANCELLED", json.dumps(found, indent=1)
