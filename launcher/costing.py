@@ -11,7 +11,7 @@ from operator import attrgetter
 from typing import Any, Literal, cast
 
 from ..strategies import throughput
-from ..strategies.memory import estimate
+from ..strategies.memory import MemoryEstimate
 from ..strategies.memory_request import LINEARS, MemoryRequest, ModelDims
 from .cluster import NodeGroup
 from .model_spec import ModelSpec
@@ -85,28 +85,24 @@ def request(
     )
 
 
-def measure(
-    config: TrainConfig,
-    model: ModelSpec,
-    hardware: Hardware,
-    method: str,
-    layout: Layout,
-    checkpointing: str,
-    micro: int,
-) -> Memory:
-    """Peak memory of one rank and of a node, by the formula; on a CPU everything is host memory."""
-    found = estimate(request(config, model, hardware, method, layout, checkpointing, micro))
-    peak, process = found.peak_allocated_bytes / GIB, found.process_bytes / GIB
-    if hardware.device == "cpu":  # no CUDA context, no caching allocator: tensors and the interpreter
-        process = peak + CPU_PROCESS_GIB
-    components = {name: round(value / GIB, 3) for name, value in found.components.items()}
-    host = found.host_bytes / GIB if hardware.device == "cuda" else process * hardware.ranks_per_node
+def needs(hardware: Hardware, found: MemoryEstimate) -> tuple[float, float]:
+    """GiB that (one rank, one node's host memory) must hold. On a CPU everything is host memory, and there is neither a CUDA
+    context nor a caching allocator: tensors and the interpreter."""
+    if hardware.device == "cpu":
+        process = found.peak_allocated_bytes / GIB + CPU_PROCESS_GIB
+        return round(process, 3), round(process * hardware.ranks_per_node, 3)
+    return round(found.process_bytes / GIB, 3), round(found.host_bytes / GIB, 3)
+
+
+def memory(hardware: Hardware, found: MemoryEstimate) -> Memory:
+    """What the formula found, as a plan says it."""
+    process, host = needs(hardware, found)
     return Memory(
-        peak_allocated_gib=round(peak, 3),
-        process_gib=round(process, 3),
+        peak_allocated_gib=round(found.peak_allocated_bytes / GIB, 3),
+        process_gib=process,
         usable_gib=hardware.usable_gib,
-        host_gib=round(host, 3),
-        components=components,
+        host_gib=host,
+        components={name: round(value / GIB, 3) for name, value in found.components.items()},
     )
 
 

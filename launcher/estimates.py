@@ -33,7 +33,7 @@ def answer(source: str) -> str:
             results.append(estimate(MemoryRequest.from_dict(request)).to_json())
         except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{source}: request {i}: {error}") from None
-    return json.dumps(results, indent=1)
+    return "[" + ",\n ".join(map(json.dumps, results)) + "]"  # json's own indentation takes three times as long
 
 
 def of_flags(model: str, given: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ commands themselves, which are in slurm/inventory.py, and this machine (machine.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -144,7 +145,7 @@ def _ask_ray(address: str) -> list[dict[str, Any]]:
     except ImportError:
         raise ClusterError("ray: is not installed here; pip install 'trebuchet[ray]'") from None
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ConnectionError, ValueError, authentication: no common base
         reason = str(error).strip().split("\n")[0]
         raise ClusterError(

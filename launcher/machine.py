@@ -36,7 +36,7 @@ class Gpu:
 def inventory() -> list[dict[str, Any]]:
     """Keys of `NodeGroup`s of this machine: one group per GPU type, or one without GPUs."""
     total, available = memory_bytes()
-    host = {
+    host: dict[str, Any] = {
         "nodes": 1,
         "cores": cores(),
         "host_memory_gib": round(total / GIB, 2),

@@ -19,23 +19,15 @@ import itertools
 from collections.abc import Iterator
 
 from .advice import advice
-from .cells import cannot, spell
 from .cluster import Cluster
-from .costing import Hardware, Layout, accumulate, attention, cost_and_time, measure, optimizer, precision
+from .costing import Hardware, Layout, cost_and_time, precision
 from .errors import ClusterError
+from .fitting import fit
 from .model_spec import ModelSpec
-from .plan import NOT_TIMED, Chosen, Memory, Plan, Rejected
+from .plan import Chosen, Plan, Rejected
 from .schema import TrainConfig
 
 METHODS = ("full", "lora", "qlora")
-CHECKPOINTING = ("none", "selective", "full")
-LEARNING_RATE = {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}
-# Objectives that compare answers drift apart at such rates: the defaults of TRL for full fine-tuning, ten times that for adapters.
-COMPARING_RATE = {"full": 1e-6, "lora": 1e-5, "qlora": 1e-5}
-REWARD_RATE = {"full": 1e-5, "lora": 1e-4, "qlora": 1e-4}
-# Tokens per forward pass beyond which a step gets no faster: matrix products are large enough on a GPU; on a CPU the working set
-# outgrows the cache (4,096 was no faster than 2,048 tokens on 2 cores).
-MICRO_TOKENS = {"cuda": 16384, "cpu": 2048}
 REFERENCES = {
     "adapters_off": "reference: the same base with its adapters off; no memory, one more forward pass a step",
     "precomputed": "reference: log-probabilities computed once before the first step; no memory, no time per step",
@@ -173,91 +165,6 @@ def whole_nodes(hardware: Hardware) -> list[int]:
     """Numbers of copies whose shards fill whole nodes: the divisors of the number of nodes, above 1."""
     nodes = hardware.ranks // hardware.ranks_per_node
     return [c for c in range(2, nodes + 1) if nodes % c == 0 and hardware.ranks_per_node > 1]
-
-
-def fit(
-    config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout
-) -> list[Chosen] | Rejected:
-    """For each kind of checkpointing the largest micro-batch that fits; or the numbers of the leanest try."""
-
-    def no(reason: str, needed: float | None = None, usable: float | None = None) -> Rejected:
-        return Rejected(
-            method=method,
-            parallel=layout.parallel,
-            offload=layout.offload,
-            needed_gib=needed,
-            usable_gib=usable,
-            reason=f"{method}, {spell(layout)}: {reason}",
-        )
-
-    impossible = cannot(config, hardware, method, layout)
-    if impossible:
-        return no(impossible)
-    memory: Memory | None = None
-    fits: list[Chosen] = []
-    wanted = config.strategy.checkpointing
-    for checkpointing in CHECKPOINTING if wanted == "auto" else (wanted,):
-        for micro in micro_batches(config, hardware):
-            memory = measure(config, model, hardware, method, layout, checkpointing, micro)
-            if memory.process_gib <= memory.usable_gib and memory.host_gib <= hardware.host_gib:
-                fits.append(choose(config, model, hardware, method, layout, checkpointing, micro, memory))
-                break
-    if fits:
-        return fits
-    assert memory is not None
-    needed, usable, where = memory.host_gib, hardware.host_gib, "of host memory on a node"
-    if memory.process_gib > memory.usable_gib:
-        needed, usable = memory.process_gib, memory.usable_gib
-        where = "on this machine" if hardware.device == "cpu" else f"on a {hardware.group.gpu}"
-    return no(f"{needed:.1f} GiB needed, {usable:.1f} usable {where}", needed, usable)
-
-
-def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
-    """Candidates, largest first: the user's number, or powers of two that divide a rank's rows."""
-    wanted = config.optimization.micro_batch
-    if isinstance(wanted, int):
-        return [wanted]
-    rows = max(1, config.optimization.global_batch_size // hardware.ranks)
-    most = max(1, MICRO_TOKENS[hardware.device] // (config.data.max_length * (2 if config.objective.pairs else 1)))
-    return [m for m in (2**i for i in range(10, -1, -1)) if m <= most and rows % m == 0]
-
-
-def choose(
-    config: TrainConfig,
-    model: ModelSpec,
-    hardware: Hardware,
-    method: str,
-    layout: Layout,
-    checkpointing: str,
-    micro: int,
-    memory: Memory,
-) -> Chosen:
-    rate = config.optimization.learning_rate
-    values = {
-        "method": method,
-        "parallel": layout.parallel,
-        "dp_replicate": layout.replicate,
-        "dp_shard": layout.shard,
-        "offload": layout.offload,
-        "checkpointing": checkpointing,
-        "optimizer": optimizer(config),
-        "precision": precision(config, hardware),
-        "attention": attention(config),
-        "learning_rate": usual_rate(config, method) if rate == "auto" else rate,
-        "micro_batch": micro,
-        "accumulation": accumulate(config, hardware, micro),
-        "device": hardware.device,
-        "gpus": hardware.ranks if hardware.device == "cuda" else 0,
-        "memory": memory,
-        "time": NOT_TIMED,
-        "cost": None,
-    }
-    return Chosen.model_validate(values)
-
-
-def usual_rate(config: TrainConfig, method: str) -> float:
-    name = config.objective.name
-    return {"sft": LEARNING_RATE, "pretrain": LEARNING_RATE, "reward": REWARD_RATE}.get(name, COMPARING_RATE)[method]
 
 
 def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[Chosen]) -> list[str]:

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ..strategies.memory import estimate
 from .cells import cannot
-from .costing import Hardware, Layout, accumulate, measure
+from .costing import Hardware, Layout, accumulate, memory, request
+from .fitting import CHECKPOINTING
 from .plan import Chosen, Plan
-from .planner import CHECKPOINTING, hardware_of
+from .planner import hardware_of
 
 OFFLOAD = ("none", "optimizer", "params")
 
@@ -30,11 +32,14 @@ def lighter(plan: Plan) -> Plan | None:
         layout = Layout(rung.parallel, rung.offload, rung.dp_replicate, rung.dp_shard)
         if rung.offload != chosen.offload and not _can_offload(plan, hardware, rung, layout):
             continue
-        memory = measure(
+        asked = request(
             plan.config, plan.model, hardware, rung.method, layout, rung.checkpointing, rung.micro_batch
         )  # for the record; the formula has been wrong once, so it does not decide
         rung = rung.model_copy(
-            update={"memory": memory, "accumulation": accumulate(plan.config, hardware, rung.micro_batch)}
+            update={
+                "memory": memory(hardware, estimate(asked)),
+                "accumulation": accumulate(plan.config, hardware, rung.micro_batch),
+            }
         )
         reasons = (*plan.reasons, f"out of memory: {words(chosen, rung)}")
         return plan.model_copy(update={"chosen": rung, "reasons": reasons})

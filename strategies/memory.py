@@ -33,12 +33,16 @@ from typing import Any
 from .memory_activations import Activations, activations
 from .memory_constants import CONSTANTS as C
 from .memory_request import MemoryRequest, ModelDims
-from .memory_reserved import process, reserved
+from .memory_reserved import fixed, hole_share, reserved
 from .memory_states import States, residual_width, states, trainable_width
 
 __all__ = ["MemoryEstimate", "MemoryRequest", "ModelDims", "estimate"]
 
 GIB = 2**30
+# Bytes of one moment of a pass beside the resident ones, by component.
+Moment = tuple[int, int, int, int]
+PARTS = ("gradients", "gathered", "activations", "logits")
+NOTHING: Moment = (0, 0, 0, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,94 +79,87 @@ class MemoryEstimate:
 
 
 def estimate(request: MemoryRequest) -> MemoryEstimate:
-    """Peak memory of one GPU and of one node for `request`. Pure; 50 to 70 microseconds (measured, one server core)."""
+    """Peak memory of one GPU and of one node for `request`. Pure; some tens of microseconds (benchmarks/planner.py)."""
     s, a = states(request), activations(request)
-    moments = [(phase, parts, sum(parts.values())) for phase, parts in _moments(request, s, a)]
-    phases: dict[str, int] = {}
-    for phase, _, live in moments:
-        phases[phase] = max(phases.get(phase, 0), live)
-    _, at_peak, peak = max(moments, key=lambda moment: moment[2])
-    needed = process(request, [(live, parts) for _, parts, live in moments]) + _pools(s)
+    resident = s.weights + s.adapters + s.optimizer + s.buffers
+    share = hole_share(request)
+    loading, stepping = s.weights + s.adapters + s.buffers + s.staging, resident + s.gradients + s.step_temporary
+    saving = resident + s.block
+    passing, worst, needed = 0, NOTHING, float(max(loading, stepping, saving))
+    for moment in _passes(request, s, a):
+        gradients, gathered, active, logits = moment
+        live = resident + gradients + gathered + active + logits
+        if live > passing:
+            passing, worst = live, moment
+        holes = live + share * (active + logits)
+        if holes > needed:
+            needed = holes
+    peak = max(loading, passing, stepping, saving)
+    process = int(needed) + fixed(request) + _pools(s)
+    at_peak = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
+    if peak == loading:
+        at_peak |= {"optimizer": 0, "buffers": s.buffers + s.staging}
+    elif peak == passing:
+        at_peak |= zip(PARTS, worst, strict=True)
+    elif peak == stepping:
+        at_peak |= {"gradients": s.gradients, "step_temporary": s.step_temporary}
+    else:
+        at_peak["gathered"] = s.block
     components = {name: value for name, value in at_peak.items() if value}
+    components["holes_and_context"] = process - peak
     return MemoryEstimate(
         peak_allocated_bytes=peak,
         peak_reserved_bytes=reserved(request, s, a, peak),
-        process_bytes=needed,
+        process_bytes=process,
         host_bytes=_host(request, s),
-        phases=phases,
-        components={**components, "holes_and_context": needed - peak},
+        phases={"load": loading, "forward_backward": passing, "optimizer_step": stepping, "checkpoint_save": saving},
+        components=components,
     )
 
 
-def _moments(r: MemoryRequest, s: States, a: Activations) -> list[tuple[str, dict[str, int]]]:
-    """(phase, live bytes by component) at each moment that can be the peak."""
-    resident = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
+def _passes(r: MemoryRequest, s: States, a: Activations) -> list[Moment]:
+    """What is alive beside the resident bytes at each moment of forward and backward that can be the peak."""
     gathered = s.root + s.block
     one = s.block // C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else s.block
     zero = r.parallel in ("zero2", "zero3")
+    alone = r.parallel in ("none", "ddp")
     buckets = r.parallel == "ddp" and r.gpus > 1 and r.kernels == "trebuchet"  # gradients live in them for good
     early = s.gradients if r.grad_accum > 1 or zero or buckets else 0  # DeepSpeed's partition is allocated once
-    loading = {"weights": s.weights, "adapters": s.adapters, "buffers": s.buffers + s.staging}
-    at_loss = {
-        "gradients": early,
-        "gathered": s.root + s.casts + (s.head + one if s.head else 0),
-        "activations": a.kept,
-        "logits": a.loss,
-    }
     head = 0 if s.head else s.head_gradient
-    last_block = {
-        "gradients": early + head + s.block_gradient,
-        "gathered": gathered + (s.casts if r.checkpointing == "none" else 0),
-        "activations": a.kept + a.working,
-        "logits": a.held_logits,
-    }
-    unborn = s.block_gradients - s.block_gradient if r.parallel in ("none", "ddp") and not early else 0
-    first_block = {
-        "gradients": s.gradients - unborn + s.reduced_block,
-        "gathered": s.root + one + s.head,  # FSDP2 gathers the embedding ahead, which is of the size of the head
-        "activations": (a.kept + a.retained if a.retained else a.kept_last) + a.working,
-        "logits": a.held_logits,
-    }
-    less = a.working - a.ending  # at the end of the MLP's backward, with the gradients of the block's weights
-    last_end = {
-        **last_block,
-        "gradients": early + head + s.block_gradients,
-        "activations": last_block["activations"] - less,
-    }
-    first_end = {
-        **first_block,
-        "gradients": s.gradients + s.reduced_block + (s.block_gradients if s.reduced_block else 0),
-    }
-    first_end["activations"] = first_block["activations"] - less
-    moments = [("load", loading)]
-    moments += [
-        ("forward_backward", {**resident, **parts}) for parts in (at_loss, last_block, last_end, first_block, first_end)
+    at_last, held, kept = early + head, a.held_logits, a.kept
+    around_last = gathered + (s.casts if r.checkpointing == "none" else 0)
+    around_first = s.root + one + s.head  # FSDP2 gathers the embedding ahead, which is of the size of the head
+    before_first = kept + a.retained if a.retained else a.kept_last
+    unborn = s.block_gradients - s.block_gradient if alone and not early else 0
+    whole = s.gradients + s.reduced_block
+    # The block's backward at its worst, and at the end of its MLP's, with the gradients of the block's weights.
+    moments = [
+        (early, s.root + s.casts + (s.head + one if s.head else 0), kept, a.loss),
+        (at_last + s.block_gradient, around_last, kept + a.working, held),
+        (at_last + s.block_gradients, around_last, kept + a.ending, held),
+        (whole - unborn, around_first, before_first + a.working, held),
+        (whole + (s.block_gradients if s.reduced_block else 0), around_first, before_first + a.ending, held),
     ]
     if s.head:
-        moments += [("forward_backward", {**resident, **parts}) for parts in _head_arrives(r, s, a, early, one)]
+        moments += _head_arrives(r, s, a, early, one)
     if s.reduced_root:
-        moments += [("forward_backward", {**resident, **parts}) for parts in _reductions(r, s, a, early)]
-    elif not r.adapters and r.parallel in ("none", "ddp") and (early or not r.model.head_params):
+        moments += _reductions(r, s, a, early, one)
+    elif alone and not r.adapters and (early or not r.model.head_params):
         # the embedding's gradient comes last, whole: added in place to one that is there, and to a tied head's beside both
         more = (0 if r.model.head_params else 2) + (1 if early else 0)
-        end = {"gradients": s.gradients + more * s.head_gradient}
-        moments.append(("forward_backward", {**resident, **end}))
-    return [
-        *moments,
-        ("optimizer_step", {**resident, "gradients": s.gradients, "step_temporary": s.step_temporary}),
-        ("checkpoint_save", {**resident, "gathered": s.block}),
-    ]
+        moments.append((s.gradients + more * s.head_gradient, 0, 0, 0))
+    return moments
 
 
-def _head_arrives(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[dict[str, int]]:
+def _head_arrives(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[Moment]:
     """Moments of FSDP2 with a head that is a unit of its own. The buffer of its all-gather and the weight copied out of it are both
     there when it arrives, beside the last block's buffer (torch 2.13, FSDPParamGroup.wait_for_unshard), the last hidden state and
     its norm; and they stay through its forward, in which this project's loss forms its gradient when the head is frozen."""
     hidden = 2 * r.model.hidden_size * residual_width(r) * r.tokens
-    base = {"gradients": early, "gathered": s.root + 2 * s.head}
-    moments = [{**base, "gathered": base["gathered"] + one, "activations": a.kept + hidden}]
+    gathered = s.root + 2 * s.head
+    moments = [(early, gathered + one, a.kept + hidden, 0)]
     if r.kernels == "trebuchet" and r.adapters:
-        moments.append({**base, "activations": a.kept, "logits": a.loss})
+        moments.append((early, gathered, a.kept, a.loss))
     return moments
 
 
@@ -174,30 +171,24 @@ def _pools(s: States) -> int:
     return max(0, s.head - s.block // C["fsdp2_blocks_gathered"]) + max(0, s.reduced_root - s.reduced_block)
 
 
-def _reductions(r: MemoryRequest, s: States, a: Activations, early: int) -> list[dict[str, int]]:
+def _reductions(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[Moment]:
     """Moments of FSDP2 in which whole gradients stand beside the fp32 buffer that is reduced, which stays until the next one:
     behind the head, in the last block's backward and at its end, in the block before it, and behind the embedding."""
-    one = s.block // C["fsdp2_blocks_gathered"]
     before = a.kept - a.kept_last if r.model.num_layers > 1 else 0
     head = 0 if s.head else s.head_gradient  # of a head that is a unit of its own nothing is left when the blocks begin
-    behind = s.reduced_root if s.head else 0
-    block = {"gradients": early + head + s.block_gradient + s.reduced_block, "gathered": s.root + s.block}
-    last = s.gradients + s.head_gradient * (1 if s.head else 3)
+    gathered = s.root + s.block
     moments = [
-        {
-            "gradients": early + head + s.block_gradients + s.reduced_block,
-            "gathered": s.root + one,
-            "activations": before,
-        },
-        {**block, "activations": before + a.working if before else 0},
-        {"gradients": last, "gathered": s.root},
-        {"gradients": s.gradients + s.head_gradient + s.reduced_root},
+        (early + head + s.block_gradients + s.reduced_block, s.root + one, before, 0),
+        (early + head + s.block_gradient + s.reduced_block, gathered, before + a.working if before else 0, 0),
+        (s.gradients + s.head_gradient * (1 if s.head else 3), s.root, 0, 0),
+        (s.gradients + s.head_gradient + s.reduced_root, 0, 0, 0),
     ]
     if s.head:
+        behind = early + s.reduced_root
         moments += [
-            {"gradients": early + s.head_gradient + behind, "gathered": one, "activations": a.kept},
-            {**block, "gradients": early + s.block_gradient + behind, "activations": a.kept + a.working},
-            {**block, "gradients": early + s.block_gradients + behind, "activations": a.kept + a.ending},
+            (behind + s.head_gradient, one, a.kept, 0),
+            (behind + s.block_gradient, gathered, a.kept + a.working, 0),
+            (behind + s.block_gradients, gathered, a.kept + a.ending, 0),
         ]
     return moments
 

@@ -24,18 +24,17 @@ Left out: the loss (`memory_loss.py`) and anything independent of T (`memory_sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .memory_constants import CONSTANTS as C
 from .memory_loss import loss_bytes
-from .memory_request import MemoryRequest
+from .memory_request import MemoryRequest, once
 from .memory_states import compute_width, hidden_width, residual_width
 
 FUSED_NORMS = ("ce", "fused", "trebuchet")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Activations:
+class Activations(NamedTuple):
     """Bytes on one GPU.
 
     `kept` all that forward leaves behind for backward; `kept_last` what of it is still there when the first block's
@@ -52,18 +51,34 @@ class Activations:
     held_logits: int
 
 
+class PerToken(NamedTuple):
+    """Bytes a token of one block: `kept` for its backward; alive in it at the worst moment of its `mlp` and of its `attention`, and
+    at the `end` of the MLP's input gradient; what `checkpointed` blocks keep beside their boundary."""
+
+    kept: float
+    mlp: float
+    attention: float
+    end: float
+    checkpointed: float
+
+
 def activations(r: MemoryRequest) -> Activations:
     """The batch-dependent bytes of one GPU for `r`."""
-    layers = r.model.num_layers
-    boundary = r.model.hidden_size * residual_width(r) * r.tokens
-    block, worst, ended = _block(r)
-    held = _int8_inputs(r)
-    some = held + _selective(r)
-    saved = {"none": block, "full": boundary + held, "selective": boundary + some}[r.checkpointing]
-    again = {"none": block, "full": held, "selective": some}[r.checkpointing]  # counted in `saved` already
-    frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
+    layers, t, token = r.model.num_layers, r.tokens, _per_token(r)
+    boundary = r.model.hidden_size * residual_width(r) * t
+    scores_kept, scores_peak = _scores(r)
+    block = token.kept * t + scores_kept
+    worst = max(token.mlp * t + scores_kept, token.attention * t + scores_peak)
+    ended = token.end * t + scores_kept + _weight_copy(r)
     loss, held_logits = loss_bytes(r)
-    mask = _mask_elements(r) if r.checkpointing != "none" else 0  # one of bytes for all layers, read again by each
+    if r.checkpointing == "none":
+        saved = again = block
+        mask = 0
+    else:
+        again = token.checkpointed * t  # counted in `saved` already
+        saved = boundary + again
+        mask = _mask_elements(r)  # one of bytes for all layers, read again by each
+    frozen_fsdp1 = r.parallel == "fsdp1" and r.adapters and r.checkpointing == "full"
     return Activations(
         kept=int(layers * saved) + mask,
         kept_last=int(saved) + mask,
@@ -75,19 +90,17 @@ def activations(r: MemoryRequest) -> Activations:
     )
 
 
-def _block(r: MemoryRequest) -> tuple[float, float, float]:
-    """(bytes one block keeps for its backward, bytes alive at the worst moment of its backward, bytes alive when the MLP's
-    input gradient is made), all tokens."""
-    m, e, t = r.model, hidden_width(r), r.tokens
+@once
+def _per_token(r: MemoryRequest) -> PerToken:
+    m, e = r.model, hidden_width(r)
     h, f, k = m.hidden_size, m.intermediate_size, m.active_experts
-    attention, scores_kept, scores_peak = _attention(r)
-    attention += _norms(r)
+    attention = _attention(r) + _norms(r)
     product = f * e if _keeps_input(r, "down") else 0
     down_copies = _adapter_copies(r, ("down",))
     inputs = _adapter_copies(r, ("gate", "up")) + down_copies
     mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r) + _fused_inputs(r)
-    mlp += _int8_inputs(r) / t
-    transient = _product_transient(r)
+    held = _int8_inputs(r)
+    mlp += held
     share = k / m.experts
     wide = residual_width(r)
     ends = (1.0 if r.kernels == "trebuchet" else 2.0) * h * wide  # ours recomputes without the output (not reentrant)
@@ -95,23 +108,24 @@ def _block(r: MemoryRequest) -> tuple[float, float, float]:
     if m.experts > 1:  # expert outputs for the router's gradient, the scattered sum, gradients of gathered rows
         mlp += k * h * e
         ends += (2 + 2 * share) * h * e
-    during_product = attention + mlp - share * (product + down_copies) + share * transient * f * e
+    during_product = attention + mlp - share * (product + down_copies) + share * _product_transient(r) * f * e
     dropped = f * e if down_copies else 0
     during_down = attention + mlp + share * (f * e + max(dropped, _cast_for_down(r)))
     during_attention = attention + (m.num_heads if r.attention == "eager" else 2 * m.num_heads) * m.head_dim * e
     if r.attention == "eager":  # output, expanded values and o's adapter input are gone when the softmax is reached
         during_attention -= 2 * m.num_heads * m.head_dim * e + _adapter_copies(r, ("o",))
     after_product = attention + mlp + share * (2 * f if r.kernels == "trebuchet" else f) * e
-    kept = (attention + mlp) * t + scores_kept
-    peak = max(
-        (max(during_product, during_down) + ends) * t + scores_kept,
-        (during_attention + ends) * t + scores_peak,
+    return PerToken(
+        kept=attention + mlp,
+        mlp=max(during_product, during_down) + ends,
+        attention=during_attention + ends,
+        end=after_product + ends,
+        checkpointed=held + (_selective(r) if r.checkpointing == "selective" else 0),
     )
-    return kept, peak, (after_product + ends) * t + scores_kept + _weight_copy(r)
 
 
-def _attention(r: MemoryRequest) -> tuple[float, float, float]:
-    """(bytes a token, bytes of the scores kept, bytes of the scores at the softmax's backward)."""
+def _attention(r: MemoryRequest) -> float:
+    """Bytes a token that attention keeps, its scores left out."""
     m, e = r.model, hidden_width(r)
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     litgpt = r.kernels == "chunked-ce"
@@ -119,13 +133,19 @@ def _attention(r: MemoryRequest) -> tuple[float, float, float]:
     if r.attention != "flash" and not litgpt and (r.kernels != "trebuchet" or r.attention == "eager" or r.packed):
         kv = q  # transformers repeats keys and values for eager attention, and for sdpa with a mask
     per_token = (2 * q + 2 * kv) * e + packed + _adapter_copies(r, ("q", "k", "v", "o"))
+    return per_token if r.attention == "eager" else per_token + 4 * m.num_heads
+
+
+def _scores(r: MemoryRequest) -> tuple[float, float]:
+    """(bytes of the scores kept, bytes of the scores at the softmax's backward), all rows."""
+    e = hidden_width(r)
     if r.attention != "eager":  # sdpa turns a boolean mask into one of numbers, for each call and kept for its backward
         bias = float(e * _mask_elements(r))
-        return per_token + 4 * m.num_heads, bias, bias
-    scores = float(r.rows * m.num_heads * r.seq_len**2)
+        return bias, bias
+    scores = float(r.rows * r.model.num_heads * r.seq_len**2)
     kept, peak = (4, C["eager_score_bytes_fp32"]) if e == 4 else (6, C["eager_score_bytes_16bit"])
     mask = e * r.rows * r.seq_len**2  # one for all layers
-    return per_token, kept * scores, peak * scores + mask
+    return kept * scores, peak * scores + mask
 
 
 def _weight_copy(r: MemoryRequest) -> int:
@@ -219,7 +239,7 @@ def _fused_inputs(r: MemoryRequest) -> float:
 
 
 def _int8_inputs(r: MemoryRequest) -> float:
-    """Bytes, all tokens, of the inputs that a block's 8-bit linears hold until their backward.
+    """Bytes a token of the inputs that a block's 8-bit linears hold until their backward.
 
     bitsandbytes 0.50 keeps each as an attribute of the autograd node and not as a saved tensor, so checkpointing, which replaces
     saved tensors, does not free them (seen: they are alive after a checkpointed forward).
@@ -228,7 +248,7 @@ def _int8_inputs(r: MemoryRequest) -> float:
         return 0.0
     m = r.model
     widths = 2 * m.hidden_size + m.num_heads * m.head_dim + m.active_experts * m.intermediate_size
-    return float(widths * hidden_width(r) * r.tokens)
+    return float(widths * hidden_width(r))
 
 
 def _stack_copies(r: MemoryRequest) -> float:
@@ -253,14 +273,14 @@ def _product_transient(r: MemoryRequest) -> int:
 
 
 def _selective(r: MemoryRequest) -> float:
-    """Bytes that per-operation checkpointing keeps in a block: the attention output and every second matrix product,
+    """Bytes a token that per-operation checkpointing keeps in a block: the attention output and every second matrix product,
     q, v, gate and down; an eager adapter adds two products, of which the wide one is kept as well."""
     m, e = r.model, hidden_width(r)
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     if r.kernels == "trebuchet":  # products with adapters or 4-bit weights on one input are one op, the MLP is none
         fused = r.method != "full" and (r.method != "lora" or set(r.lora_targets or ()) & {"q", "k", "v"})
         mlp = 2 * m.active_experts * m.intermediate_size if r.adapters and _copies_input(r) else 0
-        return (2 * q + (2 if fused else 1) * kv + mlp) * e * float(r.tokens)
+        return float((2 * q + (2 if fused else 1) * kv + mlp) * e)
     wide = {"q": q, "v": kv, "gate": m.active_experts * m.intermediate_size, "down": m.active_experts * m.hidden_size}
     eager = r.lora_targets or () if r.adapters and r.kernels != "trebuchet" else ()
-    return (q + sum(size * (2 if name in eager else 1) for name, size in wide.items())) * e * float(r.tokens)
+    return (q + sum(size * (2 if name in eager else 1) for name, size in wide.items())) * float(e)

@@ -8,11 +8,12 @@ library, so that a planner can build ten thousand of these in a fraction of a se
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
 ALLOWED: dict[str, tuple[str, ...]] = {
     "method": ("full", "lora", "qlora", "lora8"),
@@ -192,6 +193,11 @@ class MemoryRequest:
                 raise ValueError(f"lora_targets must name some of {known}, lm_head; got {self.lora_targets!r}")
 
     @cached_property
+    def known(self) -> dict[str, Any]:
+        """What `once` has worked out for this run; shared with its other micro-batches."""
+        return {}
+
+    @cached_property
     def shards(self) -> int:
         """How many pieces a sharded state is cut into."""
         return self.gpus // self.dp_replicate
@@ -223,6 +229,15 @@ class MemoryRequest:
         """Ranks that share one host's memory."""
         return min(self.gpus, self.gpus_per_node or 8)
 
+    def at(self, micro_batch: int, grad_accum: int) -> MemoryRequest:
+        """The same run with another micro-batch and accumulation. What does not depend on them (`once`) is not worked out again;
+        the two numbers are the planner's own and not checked."""
+        other = object.__new__(MemoryRequest)
+        other.__dict__.update(self.__dict__, known=self.known, micro_batch=micro_batch, grad_accum=grad_accum)
+        other.__dict__.pop("rows", None)
+        other.__dict__.pop("tokens", None)
+        return other
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryRequest:
         """Read one request of `estimate --json`; a null means "does not apply".
@@ -243,15 +258,35 @@ class MemoryRequest:
         return cls(**values)
 
 
+def once(count: Callable[[MemoryRequest], T]) -> Callable[[MemoryRequest], T]:
+    """`count`, worked out once for a request and its other micro-batches (`MemoryRequest.at`): it must depend on neither rows nor
+    accumulation, and never be None. A planner asks for some of these fifteen times in one estimate."""
+    key = f"_{count.__module__}.{count.__name__}"
+
+    def known(r: MemoryRequest) -> T:
+        kept = r.known
+        found: T | None = kept.get(key)
+        if found is None:
+            found = kept[key] = count(r)
+        return found
+
+    return wraps(count)(known)
+
+
+@lru_cache
+def _names(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all fields, those that must be given)."""
+    return tuple(f.name for f in fields(cls)), tuple(f.name for f in fields(cls) if f.default is MISSING)
+
+
 def _known(data: Mapping[str, Any], cls: type, prefix: str) -> dict[str, Any]:
     """The non-null entries of `data`, every key checked against the fields of `cls`."""
-    names = [field.name for field in fields(cls)]
+    names, required = _names(cls)
     for key in data:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)[0]
             raise ValueError(f"unknown key {prefix}{key}; did you mean {prefix}{near}?")
-    required = {f.name for f in fields(cls) if f.default is MISSING}
-    missing = [name for name in names if name in required and data.get(name) is None]
+    missing = [name for name in required if data.get(name) is None]
     if missing:
         raise ValueError(f"missing {', '.join(prefix + name for name in missing)}")
     return {key: value for key, value in data.items() if value is not None}

@@ -13,8 +13,6 @@ The shares are fitted (`memory_constants.json` names the rows) and are the least
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from .memory_activations import Activations
 from .memory_constants import CONSTANTS as C
 from .memory_request import SHARDED, MemoryRequest
@@ -37,14 +35,14 @@ def reserved(r: MemoryRequest, s: States, a: Activations, allocated: int) -> int
     return int(max(total, least, allocated))
 
 
-def process(r: MemoryRequest, moments: Iterable[tuple[int, Mapping[str, int]]]) -> int:
-    """Bytes the process cannot do without: live bytes, holes that stay, CUDA context and communicator.
+def hole_share(r: MemoryRequest) -> float:
+    """The share of what comes and goes, activations and logits, that stays as holes when the cache is emptied."""
+    return float(C["irreducible_share_sharded" if r.parallel in SHARDED else "irreducible_share"])
 
-    `moments` are (live bytes, live bytes by component); holes are a share of what comes and goes, the activations.
-    """
-    share = C["irreducible_share_sharded" if r.parallel in SHARDED else "irreducible_share"]
-    needed = max(live + share * (parts.get("activations", 0) + parts.get("logits", 0)) for live, parts in moments)
-    return int(needed) + C["cuda_context_bytes"] + (C["communicator_bytes"] if r.gpus > 1 else 0)
+
+def fixed(r: MemoryRequest) -> int:
+    """Bytes of the process beside its tensors: CUDA context and communicator."""
+    return int(C["cuda_context_bytes"] + (C["communicator_bytes"] if r.gpus > 1 else 0))
 
 
 def _shares(r: MemoryRequest) -> tuple[float, float]:

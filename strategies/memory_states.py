@@ -13,19 +13,13 @@ Left out: what grows with tokens (`memory_activations.py`) and what the allocato
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import wraps
-from typing import TypeVar, cast
+from typing import NamedTuple
 
 from .memory_constants import CONSTANTS as C
-from .memory_request import SHARDED, MemoryRequest
-
-T = TypeVar("T")
+from .memory_request import SHARDED, MemoryRequest, once
 
 
-@dataclass(frozen=True, kw_only=True)
-class States:
+class States(NamedTuple):
     """Bytes per GPU.
 
     `weights` base or full model; `adapters` their parameters; `gradients` of everything that trains, as kept between
@@ -56,19 +50,6 @@ class States:
     staging: int
     trainable: int
     host: int
-
-
-def once(count: Callable[[MemoryRequest], T]) -> Callable[[MemoryRequest], T]:
-    """`count`, worked out once for each request: a planner asks for some of these widths fifteen times in one estimate."""
-    key = f"_{count.__name__}"
-
-    def known(r: MemoryRequest) -> T:
-        kept = r.__dict__
-        if key not in kept:
-            kept[key] = count(r)
-        return cast(T, kept[key])
-
-    return wraps(count)(known)
 
 
 @once
@@ -148,6 +129,7 @@ def residual_width(r: MemoryRequest) -> int:
     return 4 if autocast else hidden_width(r)
 
 
+@once
 def states(r: MemoryRequest) -> States:
     """The batch-independent bytes of one GPU for `r`."""
     m = r.model

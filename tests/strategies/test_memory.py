@@ -257,6 +257,16 @@ def test_more_of_anything_never_costs_less(r: MemoryRequest, what: str, by: int)
 
 
 @settings(max_examples=150, deadline=None)
+@given(requests(), st.integers(1, 64), st.sampled_from([1, 4]))
+def test_another_micro_batch_of_a_run_is_that_run_made_anew(r: MemoryRequest, micro: int, accumulation: int) -> None:
+    """Whether the first one was estimated before the other or not: what the two share depends on neither."""
+    anew = estimate(replace(r, micro_batch=micro, grad_accum=accumulation))
+    assert estimate(r.at(micro, accumulation)) == anew
+    own = estimate(r)
+    assert estimate(r.at(micro, accumulation)) == anew and estimate(replace(r)) == own
+
+
+@settings(max_examples=150, deadline=None)
 @given(requests(), st.sampled_from(SHARDED))
 def test_sharding_never_adds_state(r: MemoryRequest, parallel: str) -> None:
     """Against the same layout on half the GPUs: what is cut gets smaller, what is whole stays."""
