@@ -66,7 +66,8 @@ class Dashboard:
             try:
                 self.ask("/api/jobs/", body, method="POST")
                 return
-            except SchedulerRefused as refused:  # a head answers before its agent, which starts jobs, is there; nothing has begun
+            # A head answers before its agent, which starts jobs, is there; nothing has begun.
+            except SchedulerRefused as refused:
                 if "No available agent" not in str(refused) or time.monotonic() > deadline:
                     raise
             time.sleep(0.5)
