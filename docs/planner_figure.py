@@ -12,9 +12,10 @@ from xml.sax.saxutils import escape
 
 from trebuchet.launcher.cluster import load_cluster
 from trebuchet.launcher.config import build_config
-from trebuchet.launcher.costing import Layout, measure
+from trebuchet.launcher.costing import Layout, memory, request
 from trebuchet.launcher.model_spec import load_model_spec
 from trebuchet.launcher.planner import hardware_of
+from trebuchet.strategies.memory import estimate
 
 FILE = Path(__file__).with_name("planner.svg")
 MODEL = "meta-llama/Llama-3.1-8B"
@@ -77,7 +78,8 @@ def _config():
 def _measured(cluster: str, method: str, parallel: str, replicate: int, shard: int, checkpointing: str):
     config = _config()
     hardware, layout = hardware_of(config, load_cluster(cluster)), Layout(parallel, "none", replicate, shard)
-    found = measure(config, load_model_spec(config.model), hardware, method, layout, checkpointing, 2)
+    asked = request(config, load_model_spec(config.model), hardware, method, layout, checkpointing, 2)
+    found = memory(hardware, estimate(asked))
     return found.process_gib, found.components
 
 

@@ -59,6 +59,14 @@ def test_boundary_pairs_are_decided_right() -> None:
     assert sum(verdict == ours for _, verdict, ours, _, _ in decisions) >= 31
 
 
+def test_the_planner_s_margin_decides_them_right_too_and_covers_the_worst_underestimate() -> None:
+    """The margin is what the lowest row asks for, to three places: no less, or a run of its kind would not hold; no more."""
+    right = [verdict == accuracy.of_planner(needed, card) for _, verdict, _, needed, card in accuracy.decisions()]
+    assert len(right) == 32 and sum(right) >= 31
+    lowest = accuracy.summary([row for row in accuracy.scores() if row.core])[2]
+    assert 0 <= 1 + lowest - accuracy.GPU_MARGIN < 0.001
+
+
 def test_reserved_memory_is_near_where_it_was_published() -> None:
     """Rows that publish allocated and reserved: mean within 12 %, and reserved never below what is live."""
     errors = []
