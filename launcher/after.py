@@ -50,7 +50,7 @@ def add_verbs(verb: Any) -> None:
     export.add_argument("--quant", choices=("f16", "q8_0"), default="f16", help="of a GGUF file")
     export.add_argument("--output", metavar="FOLDER", help="default: RUN/exports/FORMAT")
     report = verb("report", _report, "one HTML file of a run, or of several side by side")
-    report.add_argument("runs", metavar="RUN", nargs="+", help="a run, or a folder of runs")
+    report.add_argument("runs", metavar="RUN", nargs="+", help="a run, a sweep, or a folder of runs")
     report.add_argument(
         "--output", metavar="FILE", help="default: report.html in the run, or in the folder of the first"
     )
@@ -117,6 +117,13 @@ def merged_text(found: dict[str, Any]) -> str:
 def _report(options: argparse.Namespace) -> int:
     from .report import collect, page
 
+    if len(options.runs) == 1 and not options.output:
+        from .report import sweeps
+        from .sweep import open_sweep
+
+        if several := open_sweep(options.runs[0]):
+            print(f"report  {sweeps.write(several)}")
+            return 0
     runs = collect.find(options.runs)
     first = runs[0].folder
     default = first.report if len(runs) == 1 else first.root.parent / "report.html"

@@ -95,7 +95,10 @@ def parser() -> argparse.ArgumentParser:
     text = "hand the run to the cluster's scheduler and return"
     verb("submit", _submit, text, config=True, json=True, cluster=True, dry="the plan and what would be submitted")
     text = "start many runs that differ in some keys; `sweep:` of the YAML says which"
-    verb("sweep", _sweep, text, config=True, cluster=True, dry="the trials and what would be submitted")
+    sweep = verb("sweep", _sweep, text, config=True, cluster=True, dry="the trials and what would be submitted")
+    sweep.add_argument(
+        "-f", "--follow", action="store_true", help="show the table until the end; Ctrl+C cancels the sweep"
+    )
     resume = verb("resume", _resume, "go on with a run from its newest checkpoint, or with what is left of a sweep")
     resume.add_argument("run", metavar="RUN")
     text = "go on with other ranks or in another layout: cluster.processes, strategy.parallel, …"
@@ -108,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     resume.add_argument("--steps", type=int, default=5, metavar="N", help="with --verify: how many steps (5)")
     status = verb("status", _status, "state, step and attempts of a run; the table of a sweep", json=True)
     status.add_argument("run", metavar="RUN")
+    status.add_argument("-f", "--follow", action="store_true", help="of a sweep: draw the table again until it ends")
     logs = verb("logs", _logs, "what the ranks of a run wrote, rank by rank; -f follows until it ends")
     logs.add_argument("run", metavar="RUN")
     logs.add_argument("-f", "--follow", action="store_true")
@@ -178,7 +182,7 @@ def _resume(options: argparse.Namespace) -> int:
     from . import api, backends, local, sweep_verbs
 
     if several := sweep_verbs.open_sweep(options.run):
-        return sweep_verbs.resume(several, one_run_only=bool(options.verify or options.overrides))
+        return sweep_verbs.resume(several, options.overrides, verify=options.verify)
     if options.verify:
         verdict = api.verify(options.run, steps=options.steps)
         print(verdict.text())
@@ -205,11 +209,14 @@ def _status(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from . import api, record, sweep_verbs
+    from .errors import UserError
     from .run_folder import open_run
     from .run_text import measured, status
 
     if several := sweep_verbs.open_sweep(options.run):
-        return sweep_verbs.status(several, json=options.json)
+        return sweep_verbs.status(several, json=options.json, follow=options.follow)
+    if options.follow:
+        raise UserError("status -f is for sweeps; follow a run with `trebuchet logs -f`.")
     folder = open_run(options.run)
     api.current_state(folder)
     found = record.read(folder)

@@ -13,7 +13,7 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .run_folder import RunFolder
 from .watching import Interrupts, wait
 
 CLOCK_SLACK_S = 60.0  # a wall clock may be set while a job runs
+Again = Callable[[dict[str, Any]], bool]
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
 
 
@@ -92,7 +93,11 @@ def accelerate_config(spec: JobSpec) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def command(spec: JobSpec) -> list[str]:
+def command(spec: JobSpec, *, direct: bool = False) -> list[str]:
+    """`direct`: one rank without accelerate's launcher, which imports torch once more only to start it (about 4 s of two cores for
+    each trial of a sweep)."""
+    if direct and spec.tasks_per_node == 1:
+        return [sys.executable, "-m", spec.module, *spec.arguments]
     config = str(RunFolder(spec.run_folder).accelerate)
     threads = spec.environment.get("OMP_NUM_THREADS", "1")  # named, or accelerate prints a paragraph about its default
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
@@ -114,15 +119,18 @@ def preview(plan: Plan, folder: RunFolder) -> str:
     return render(job_spec(plan, folder))
 
 
-def execute(folder: RunFolder, plan: Plan) -> int:
+def execute(folder: RunFolder, plan: Plan, *, direct: bool = False, again: Again | None = None) -> int:
     """Runs the job in the foreground; returns the exit code, with the record closed. Out of memory, the ranks are started again
-    with the next lighter plan, until one fits or none is left.
+    with the next lighter plan, until one fits or none is left. `again` says of any other failure whether it is worth the same plan once
+    more; without it none is.
 
     0 done, 1 failed, 2 bad input that only the ranks could see, 130 stopped by the user with a checkpoint saved.
     """
     while True:
-        code = attempt(folder, plan)
+        code = attempt(folder, plan, direct=direct, again=again)
         found = record.read(folder)
+        if found["state"] == JobState.PENDING:
+            continue
         if found["state"] != JobState.OUT_OF_MEMORY or (next_plan := retry.lighter(plan)) is None:
             return code
         assert plan.chosen is not None and next_plan.chosen is not None
@@ -133,7 +141,9 @@ def execute(folder: RunFolder, plan: Plan) -> int:
         plan = next_plan
 
 
-def attempt(folder: RunFolder, plan: Plan, *, until: int | None = None) -> int:
+def attempt(
+    folder: RunFolder, plan: Plan, *, until: int | None = None, direct: bool = False, again: Again | None = None
+) -> int:
     """Starts the ranks once and waits for them; the exit code, with the attempt closed in the record. `until` ends the run after that
     step, without a checkpoint."""
     spec = job_spec(plan, folder, until=until)
@@ -143,13 +153,16 @@ def attempt(folder: RunFolder, plan: Plan, *, until: int | None = None) -> int:
         folder.stop.unlink(missing_ok=True)
     folder.outcome.unlink(missing_ok=True)
     try:
-        process = subprocess.Popen(command(spec), env={**os.environ, **spec.environment}, start_new_session=True)
+        process = subprocess.Popen(
+            command(spec, direct=direct), env={**os.environ, **spec.environment}, start_new_session=True
+        )
     except OSError as error:
         raise SchedulerRefused(f"could not start the ranks: {error}") from None
     record.begin_attempt(folder, handle_of(os.getpid()), ranks=process.pid)
     with Interrupts(folder, process) as interrupts:
         wait(folder, process)
-    return close(folder, _without_a_word(folder, process.returncode), ended_by_user=interrupts.ended)
+    otherwise = _without_a_word(folder, process.returncode)
+    return close(folder, otherwise, ended_by_user=interrupts.ended, again=again)
 
 
 def handle_of(pid: int) -> str:
@@ -157,7 +170,7 @@ def handle_of(pid: int) -> str:
     return f"local://{platform.node()}/{pid}"
 
 
-def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False) -> int:
+def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False, again: Again | None = None) -> int:
     """Closes the record by the outcome that the ranks left, or with the error `otherwise` when they left none; the exit code."""
     folder.stop.unlink(missing_ok=True)
     outcome: dict[str, Any] = {"exit_code": 130 if ended_by_user else 1, "error": None if ended_by_user else otherwise}
@@ -172,7 +185,8 @@ def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False) -> 
         state = JobState.OUT_OF_MEMORY
     else:
         state = JobState.FAILED
-    record.end_attempt(folder, state, code, error)
+    goes_on = state == JobState.FAILED and again is not None and again(outcome)
+    record.end_attempt(folder, state, code, error, goes_on=goes_on)
     return code
 
 

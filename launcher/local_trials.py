@@ -7,10 +7,11 @@ GPU that the plan of each counts on.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from . import local, record
+from . import local, record, sweep_budget, sweep_search, sweep_text
 from .job_state import JobState
 from .plan import Plan
 from .run_folder import RunFolder
@@ -28,16 +29,19 @@ def preview_trials(sweep: SweepFolder, plans: Sequence[Plan], parallel: int) -> 
 def run_trials(sweep: SweepFolder, numbers: Sequence[int]) -> str:
     """Returns when all have ended, or when one was stopped by the user."""
     sweep.stop.unlink(missing_ok=True)
-    ended: dict[str, int] = {}
-    for done, number in enumerate(numbers):
-        folder = sweep.trial(number)
-        print(f"trial {folder.root.name} ({done + 1} of {len(numbers)})", file=sys.stderr, flush=True)
-        plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
-        local.execute(folder, plan)
-        state = record.read(folder)["state"]
-        ended[state] = ended.get(state, 0) + 1
-        if state == JobState.CANCELLED or sweep.stop.exists():
-            break
+    search = sweep.facts()["method"] == "optuna"
+    with sweep_budget.enforced(sweep.root):
+        for done, number in enumerate(numbers):
+            folder = sweep.trial(number)
+            print(f"trial {folder.root.name} ({done + 1} of {len(numbers)})", file=sys.stderr, flush=True)
+            if search and not sweep_search.decide(sweep, number):
+                continue
+            local.execute(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+            if done + 1 < len(numbers):  # else the table of results follows
+                print(sweep_text.status(sweep_text.table(sweep)), file=sys.stderr, flush=True)
+            if record.read(folder)["state"] == JobState.CANCELLED or sweep.stop.exists():
+                break
+    ended = Counter(record.read(sweep.trial(number))["state"] for number in numbers)
     return ", ".join(f"{count} {state}" for state, count in ended.items())
 
 

@@ -43,6 +43,13 @@ class Stopping(Section):
     factor: int = Field(3, ge=2, description="asha: one of so many goes on at each rung")
 
 
+class Budget(Section):
+    """When one of these is used up no trial starts any more, and those that run save a checkpoint and end."""
+
+    hours: float | None = Field(None, gt=0, description="hours in which trials run, however many at a time")
+    price: float | None = Field(None, gt=0, description="GPU hours of all trials by the cluster's price_per_gpu_hour")
+
+
 class Sweep(Section):
     """Many runs that differ in some keys; `trebuchet sweep` starts them."""
 
@@ -50,7 +57,9 @@ class Sweep(Section):
         min_length=1,
         description="dotted key -> `{choice: […]}`, `{uniform: [a, b]}`, `{log_uniform: [a, b]}`, `{int_uniform: [a, b]}`",
     )
-    method: Literal["grid", "random"] = Field("random", description="grid: every combination of choices")
+    method: Literal["grid", "random", "optuna"] = Field(
+        "random", description="grid: every combination of choices; optuna: learns from finished trials, not on Slurm"
+    )
     trials: int | None = Field(None, ge=1, le=100_000, description="how many; a grid takes all of its points")
     metric: str = Field(
         "eval_loss",
@@ -59,14 +68,15 @@ class Sweep(Section):
     )
     mode: Literal["min", "max"] = Field("min", description="whether less or more of it is better")
     parallel: int = Field(50, ge=1, description="trials that run at the same time")
+    nodes: int | None = Field(None, ge=1, description="nodes of one trial, on Ray; default: the fewest that it fits on")
     seed: int = Field(0, ge=0, description="of the values drawn; every trial keeps optimization.seed")
-
+    budget: Budget = Field(Budget(), description="what all trials together may use")
     stopping: Stopping | None = Field(None, description="end poor trials early, on Ray; elsewhere each runs to its end")
 
     @model_validator(mode="after")
     def _method(self) -> Sweep:
-        if self.method == "random" and self.trials is None:
-            raise ValueError("method random needs trials: N")
+        if self.method != "grid" and self.trials is None:
+            raise ValueError(f"method {self.method} needs trials: N")
         if self.method == "grid":
             ranges = [path for path, values in self.space.items() if values.choice is None]
             if ranges:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from . import api, backends, record
-from .cluster import load_cluster
+import yaml
+from pydantic import ValidationError
+
+from . import api, backends, record, sweep_budget
+from .cluster import Cluster, load_cluster
 from .config import dump_config, with_values
 from .data_size import data_size
 from .errors import NothingFits, RunError, UserError
@@ -30,7 +34,8 @@ from .plan import Plan
 from .planner import make_plan
 from .run_folder import RunFolder, new_run, require_disk
 from .schema import TrainConfig
-from .sweep_space import expand
+from .schema_sweep import Budget, Sweep
+from .sweep_space import corners, expand, startup
 
 
 @dataclass(frozen=True)
@@ -95,19 +100,47 @@ def plan_sweep(config: api.ConfigLike, *, cluster: str | None = None, overrides:
         with_values(base, {**point, "output": str(folder.trial(number).root)}, source=f"trial {name_of(number)}")
         for number, point in enumerate(values)
     ]
-    plans = tuple(plan_many(configs))
-    backends.trials(plans[0].cluster.scheduler)
+    plans = tuple(plan_many(configs, nodes=checked.sweep.nodes))
+    refuse(checked.sweep, plans[0].cluster)
     for number, decided in enumerate(plans):
         if not decided.feasible:
             raise NothingFits(f"trial {name_of(number)}: {api.nothing_fits(decided)}", decided)
+    if checked.sweep.method == "optuna":
+        points = [with_values(base, point, source="sweep.space") for point in corners(checked.sweep)]
+        for decided in plan_many(points, nodes=checked.sweep.nodes):
+            if not decided.feasible:
+                raise NothingFits(f"the end of a range of sweep.space: {api.nothing_fits(decided)}", decided)
     api.refuse_what_cannot_start(plans[0])
     for decided in {_shape(p): p for p in plans}.values():
         api.refuse_what_cannot_start(decided)
     return Planned(folder, checked, values, plans)
 
 
-def plan_many(configs: Sequence[TrainConfig]) -> Iterator[Plan]:
-    """The same for configurations that share most of their files: each model, data file and cluster is read once."""
+def refuse(sweep: Sweep, cluster: Cluster) -> None:
+    """What this cluster cannot do of a sweep. Raises UserError or SchedulerRefused."""
+    backends.trials(cluster.scheduler)
+    if sweep.method == "optuna":
+        if cluster.scheduler == "slurm":
+            raise UserError(
+                "sweep.method optuna learns from trials that have ended, and a Slurm array is handed in whole; use method: random, "
+                "or a Ray cluster inside Slurm (cluster_configs/ray-on-slurm.yaml)."
+            )
+        from . import sweep_search
+
+        sweep_search.check()
+    if sweep.nodes is not None and cluster.scheduler != "ray":
+        raise UserError("sweep.nodes is for Ray clusters; elsewhere a trial takes what its plan says.")
+    if sweep.budget.price is not None and not any(group.price_per_gpu_hour and group.gpus for group in cluster.groups):
+        raise UserError(
+            f"sweep.budget.price needs GPUs with a price, and {cluster.name} has no price_per_gpu_hour; use sweep.budget.hours."
+        )
+
+
+def plan_many(
+    configs: Sequence[TrainConfig], *, where: Cluster | None = None, nodes: int | None = None
+) -> Iterator[Plan]:
+    """The same for configurations that share most of their files: each model, data file and cluster is read once. `where`: a cluster
+    that was read before; `nodes`: of one trial, on Ray."""
     cluster, model = cache(load_cluster), cache(load_model_spec)
     size: dict[str, Any] = {}
     for config in configs:
@@ -116,9 +149,9 @@ def plan_many(configs: Sequence[TrainConfig]) -> Iterator[Plan]:
             size[data] = data_size(config)
         seen = size[data]
         decide = partial(make_plan, config, model(config.model), examples=seen.examples, tokens=seen.tokens)
-        where = cluster(config.cluster.name)
+        there = where or cluster(config.cluster.name)
         # On Ray a trial takes a part of a node, as many side by side as fit.
-        yield backends.trials("ray").shaped(where, decide) if where.scheduler == "ray" else decide(where)
+        yield backends.trials("ray").shaped(there, decide, nodes) if there.scheduler == "ray" else decide(there)
 
 
 def _shape(decided: Plan) -> tuple[Any, ...]:
@@ -147,14 +180,12 @@ def begin(planned: Planned) -> SweepFolder:
             api.fill(beside.trial(number), decided, data, run=f"{folder.root.name}/{name_of(number)}", **shared)
             beside.trial(number).logs.mkdir()
         (beside.root / "train.yaml").write_text(dump_config(planned.config), encoding="utf-8")
-        assert planned.config.sweep is not None
-        facts = {
-            "sweep": folder.root.name,
-            "created": record.now(),
-            **planned.config.sweep.model_dump(mode="json", exclude={"space"}),
-        }
+        sweep = planned.config.sweep
+        assert sweep is not None
+        facts = {"sweep": folder.root.name, "created": record.now(), **sweep.model_dump(mode="json")}
+        drawn = startup(sweep) if sweep.method == "optuna" else len(planned.values)
         facts |= {
-            "trials": planned.values,
+            "trials": [values if number < drawn else None for number, values in enumerate(planned.values)],
             "cluster": planned.plans[0].cluster.name,
             "scheduler": planned.plans[0].cluster.scheduler,
         }
@@ -177,6 +208,9 @@ def _data_key(config: TrainConfig) -> str:
 def start(folder: SweepFolder, numbers: Sequence[int]) -> str:
     """Hands trials to the sweep's scheduler; a sentence of what was done."""
     facts = folder.facts()
+    for trial in map(folder.trial, numbers):
+        if record.read(trial).get("left_out"):
+            record.update(trial, left_out=None)
     said: str = backends.trials(facts["scheduler"]).run_trials(folder, list(numbers))
     if facts["stopping"] and facts["scheduler"] != "ray":
         said += "; sweep.stopping needs Ray, so every trial runs to its end"
@@ -184,7 +218,12 @@ def start(folder: SweepFolder, numbers: Sequence[int]) -> str:
 
 
 def resume(folder: SweepFolder) -> str:
-    """Goes on with what is neither finished nor on its way. Finished trials stay as they are."""
+    """Goes on with what is neither finished nor on its way. Finished trials stay as they are. Raises RunError when nothing is left,
+    of trials or of the budget."""
+    if why := sweep_budget.used_up(folder.root):
+        raise RunError(
+            f"{why}; give more, such as `trebuchet resume {shlex.quote(str(folder.root))} --set sweep.budget.hours=24`."
+        )
     trials = folder.trials()
     backends.reconcile(trials)
     found = [record.read(trial) for trial in trials]
@@ -197,9 +236,29 @@ def resume(folder: SweepFolder) -> str:
     return start(folder, numbers)
 
 
+def give(folder: SweepFolder, overrides: Sequence[str]) -> None:
+    """A larger budget for a sweep that is to go on: `sweep.budget.hours=24`. Raises UserError for any other key."""
+    facts = folder.facts()
+    budget = dict(facts["budget"])
+    for override in overrides:
+        key, _, value = override.partition("=")
+        name = key.strip().removeprefix("sweep.budget.")
+        if not key.strip().startswith("sweep.budget.") or name not in Budget.model_fields:
+            raise UserError(
+                f"--set {key}: of a sweep only sweep.budget.hours and sweep.budget.price can be changed; for the rest name a trial, "
+                f"such as {folder.trial(0).root}."
+            )
+        budget[name] = yaml.safe_load(value)
+    try:
+        facts["budget"] = Budget.model_validate(budget).model_dump(mode="json")
+    except ValidationError as error:
+        raise UserError(f"sweep.budget: {error.errors()[0]['msg']}") from None
+    record.write_atomically(folder.record, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
 def is_done(facts: dict[str, Any]) -> bool:
     """Whether a trial needs nothing more: it reached its end, or was found not worth going on with."""
-    return facts["state"] == JobState.SUCCEEDED or bool(facts.get("stopped_early"))
+    return facts["state"] == JobState.SUCCEEDED or bool(facts.get("not_worth_it"))
 
 
 def on_its_way(facts: dict[str, Any]) -> bool:

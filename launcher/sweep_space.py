@@ -1,7 +1,8 @@
 """The trials of a sweep as dotted keys and values: a pure function of the `sweep:` section. No clock, no file, no global state.
 
 A trial's values depend on the sweep's seed, its own number and the key alone: more trials leave the first ones as they were, and
-another key in the space does not reshuffle the others. Left out: searches that learn from finished trials.
+another key in the space does not reshuffle the others. Left out: searches that learn
+from finished trials (sweep_search.py); what is drawn here is what they begin with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ DIGITS = 6  # of a drawn number: what a person can read, type again and tell apa
 
 
 def expand(sweep: Sweep) -> list[dict[str, Any]]:
-    """One mapping per trial, in order, all different. Raises ConfigError when the space does not hold that many."""
+    """One mapping per trial, in order, all different; for optuna as different as the space allows. Raises ConfigError when the space
+    does not hold that many."""
     size = size_of(sweep)
     if sweep.method == "grid":
         if sweep.trials is not None and sweep.trials != size:
@@ -31,16 +33,33 @@ def expand(sweep: Sweep) -> list[dict[str, Any]]:
         lists = [values.choice or () for values in sweep.space.values()]
         return [dict(zip(sweep.space, point, strict=True)) for point in itertools.product(*lists)]
     assert sweep.trials is not None
-    if size is not None and sweep.trials > size:
+    if size is not None and sweep.trials > size and sweep.method == "random":
         raise ConfigError([f"sweep.trials: the space holds {size} different trials, and {sweep.trials} are wanted"])
-    found: dict[str, dict[str, Any]] = {}
+    found, seen = [], set()
     for number in range(sweep.trials):
         for again in itertools.count():  # a finite space repeats itself; what was drawn before is drawn anew
             point = {path: draw(values, sweep.seed, number, again, path) for path, values in sweep.space.items()}
-            if (key := json.dumps(point, sort_keys=True)) not in found:
-                found[key] = point
+            if (key := json.dumps(point, sort_keys=True)) not in seen or len(seen) == size:
+                found.append(point)
+                seen.add(key)
                 break
-    return list(found.values())
+    return found
+
+
+def startup(sweep: Sweep) -> int:
+    """How many trials of a search begin without one before them: a quarter, at least 1 and at most the 10 of Optuna."""
+    assert sweep.trials is not None
+    return min(10, max(1, sweep.trials // 4))
+
+
+def corners(sweep: Sweep) -> list[dict[str, Any]]:
+    """Points that show what a key takes and what fits: each end and each choice, the other keys at their last."""
+    ends = {
+        path: values.choice or values.uniform or values.log_uniform or values.int_uniform or ()
+        for path, values in sweep.space.items()
+    }
+    last = {path: values[-1] for path, values in ends.items()}
+    return [last | {path: value} for path, values in ends.items() for value in values]
 
 
 def size_of(sweep: Sweep) -> int | None:
@@ -49,7 +68,7 @@ def size_of(sweep: Sweep) -> int | None:
     for values in sweep.space.values():
         if values.choice is not None:
             size *= (
-                len({json.dumps(value) for value in values.choice}) if sweep.method == "random" else len(values.choice)
+                len({json.dumps(value) for value in values.choice}) if sweep.method != "grid" else len(values.choice)
             )
         elif values.int_uniform is not None:
             size *= values.int_uniform[1] - values.int_uniform[0] + 1

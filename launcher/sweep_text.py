@@ -1,6 +1,6 @@
 """A sweep as people and programs read it: one row per trial, best first, and what `trebuchet sweep` says before it starts.
 
-Left out: plots.
+Left out: plots (report/sweeps.py) and following a sweep (sweep_follow.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import backends, record
+from . import backends, record, sweep_budget
 from .job_state import JobState
 from .plan_text import render as render_plan
 from .run_folder import RunFolder
@@ -29,13 +29,21 @@ def table(folder: SweepFolder) -> dict[str, Any]:
     sign = 1 if facts["mode"] == "min" else -1
     rows.sort(key=lambda row: (row["value"] is None, sign * (row["value"] or 0.0), row["trial"]))
     done = [row for row in rows if row["state"] == JobState.SUCCEEDED and row["value"] is not None]
+    best = folder.trial(int(done[0]["trial"])) if done else None
+    counted = [JobState(row["state"]) for row in rows if not row["stopped_early"] and not row["left_out"]]
+    if not done and any(row["left_out"] for row in rows):
+        counted.append(JobState.CANCELLED)
     return {
         "sweep": facts["sweep"],
-        "state": state_of([JobState(row["state"]) for row in rows if not row["stopped_early"]]).value,
+        "state": state_of(counted).value,
         "counts": dict(Counter(row["state"] for row in rows)),
         "metric": facts["metric"],
         "mode": facts["mode"],
         "best": done[0]["trial"] if done else None,
+        "best_model": str(best.model) if best and best.model.exists() else None,
+        "best_checkpoint": str(newest) if best and (newest := newest_checkpoint(best)) else None,
+        "space": list(facts["space"]),
+        "spent": sweep_budget.facts(folder.root),
         "trials": rows,
         "folder": str(folder.root),
     }
@@ -47,7 +55,14 @@ def _row(facts: dict[str, Any], number: int, trial: RunFolder) -> dict[str, Any]
     attempts = [f"{a['state']}: {a['reason']}" if a["reason"] else a["state"] for a in found["attempts"]]
     value = metric_of(trial, found, facts["metric"])
     return {"trial": name_of(number), **{key: found[key] for key in keys}, "attempts": attempts, "value": value,
-            "values": facts["trials"][number], "stopped_early": bool(found.get("stopped_early"))}  # fmt: skip
+            "values": facts["trials"][number] or {}, "stopped_early": bool(found.get("not_worth_it")),
+            "left_out": found.get("left_out") if found["state"] == JobState.CANCELLED else None}  # fmt: skip
+
+
+def newest_checkpoint(trial: RunFolder) -> Path | None:
+    """The last that was written to its end."""
+    there = [p for p in trial.checkpoints.glob("step-*") if (p / "manifest.json").exists()]
+    return max(there, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def metric_of(trial: RunFolder, found: dict[str, Any], metric: str) -> float | None:
@@ -75,7 +90,7 @@ def status(found: dict[str, Any]) -> str:
     """The table as text."""
     counts = ", ".join(f"{count} {state}" for state, count in sorted(found["counts"].items()))
     lines = [f"{found['sweep']}  {found['state']}  {counts}"]
-    keys = list(dict.fromkeys(key for row in found["trials"] for key in row["values"]))
+    keys = found["space"]
     rows = [("TRIAL", "STATE", "STEP", found["metric"].upper(), *(key.rpartition(".")[2] for key in keys), "")]
     for row in found["trials"]:
         steps = f"{row['step']}/{row['steps']}" if row["steps"] else "-"
@@ -83,14 +98,29 @@ def status(found: dict[str, Any]) -> str:
         note = (
             "not worth going on with"
             if row["stopped_early"]
-            else row["error"] or (f"attempt {len(row['attempts'])}" if len(row["attempts"]) > 1 else "")
+            else row["left_out"]
+            or row["error"]
+            or (f"attempt {len(row['attempts'])}" if len(row["attempts"]) > 1 else "")
         )
-        rows.append((row["trial"], row["state"], steps, value, *(_short(row["values"].get(key)) for key in keys), note))
+        rows.append(
+            (row["trial"], row["state"], steps, value, *(_short(row["values"].get(key, "-")) for key in keys), note)
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] + [0]
     lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.append(_spent(found["spent"]))
     if found["best"]:
         lines.append(f"best so far: trial {found['best']}, {Path(found['folder']) / 'trials' / found['best']}")
+        lines += [f"  {name}: {path}" for name in ("model", "checkpoint") if (path := found[f"best_{name}"])]
     return "\n".join(lines)
+
+
+def _spent(spent: dict[str, Any]) -> str:
+    limits = spent["limits"]
+    hours = f"{spent['hours']:.2f} hours" if spent["hours"] >= 1 else f"{60 * spent['hours']:.1f} minutes"
+    text = f"used: {hours}" + (f" of {limits['hours']:g} hours" if "hours" in limits else "")
+    if spent["price"] or "price" in limits:
+        text += f", price {spent['price']:.2f}" + (f" of {limits['price']:g}" if "price" in limits else "")
+    return text
 
 
 def _short(value: Any) -> str:

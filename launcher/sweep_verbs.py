@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json as json_module
+import sys
+from collections.abc import Sequence
 
-from . import sweep_text
+from . import sweep_follow, sweep_text
 from .errors import UserError
-from .sweep import SweepFolder, begin, cancel, open_sweep, plan_sweep
+from .sweep import SweepFolder, begin, cancel, give, open_sweep, plan_sweep
 from .sweep import resume as go_on
 from .sweep import start as hand_over
 
@@ -23,28 +25,35 @@ def start(options: argparse.Namespace) -> int:
         print(sweep_text.preview(planned), end="")
         return 0
     folder = begin(planned)
-    print(hand_over(folder, range(len(planned.plans))))
-    return _outcome(folder)
+    print(hand_over(folder, range(len(planned.plans))), flush=True)
+    return _outcome(folder, follow=options.follow)
 
 
-def resume(folder: SweepFolder, *, one_run_only: bool) -> int:
-    """`one_run_only`: an option was given that makes sense for one run."""
-    if one_run_only:
-        raise UserError(f"--set and --verify are for one run; name a trial, such as {folder.trial(0).root}.")
-    print(go_on(folder))
-    return _outcome(folder)
+def resume(folder: SweepFolder, overrides: Sequence[str], *, verify: bool) -> int:
+    if verify:
+        raise UserError(f"--verify is for one run; name a trial, such as {folder.trial(0).root}.")
+    if overrides:
+        give(folder, overrides)
+    print(go_on(folder), flush=True)
+    return _outcome(folder, follow=False)
 
 
-def status(folder: SweepFolder, *, json: bool) -> int:
+def status(folder: SweepFolder, *, json: bool, follow: bool) -> int:
+    if follow:
+        sweep_follow.follow(folder, sys.stdout)
+        return 0
     found = sweep_text.table(folder)
     print(json_module.dumps(found, indent=1, ensure_ascii=False) if json else sweep_text.status(found))
     return 0
 
 
-def _outcome(folder: SweepFolder) -> int:
-    """0 when every trial is finished or on its way, else 1; the table where it is final."""
-    found = sweep_text.table(folder)
-    if found["state"] in ("PENDING", "RUNNING"):
+def _outcome(folder: SweepFolder, *, follow: bool) -> int:
+    """0 when every trial is finished or on its way, else 1; the table where it is final, and the page with its figures."""
+    if follow:
+        found = sweep_follow.until_the_end(folder, sys.stdout)
+    elif (found := sweep_text.table(folder))["state"] not in ("PENDING", "RUNNING"):
+        print(sweep_text.status(found))
+    else:
         return 0
-    print(sweep_text.status(found))
+    print(sweep_follow.write_page(folder))
     return int(found["state"] != "SUCCEEDED")

@@ -107,10 +107,7 @@ def down(name: str, say: Say = print, *, keep_log: bool = False) -> None:
 
         ray_jobs.stop(folder)
     else:
-        for file in (
-            "supervisor.json",
-            "head.json",
-        ):  # the supervisor ends the head and the nodes; then what it could not
+        for file in ("supervisor.json", "head.json"):  # the first ends the head and the nodes; then what it could not
             with contextlib.suppress(FileNotFoundError):
                 end_process(json.loads((folder.root / file).read_text(encoding="utf-8")), term_s=STOP_S)
         from .head import end_nodes
@@ -123,8 +120,11 @@ def down(name: str, say: Say = print, *, keep_log: bool = False) -> None:
     say(f"{name} is down")
 
 
-def status(name: str) -> dict[str, Any]:
+def status(cluster: Cluster) -> dict[str, Any]:
     """Nodes and what they have, as Ray knows them; `up` is False when the head does not answer."""
+    settings, name = of_ray(cluster), cluster.name
+    if settings.provider == "existing":
+        return status_of_others(cluster, settings)
     folder = cluster_folder(name)
     facts = folder.read()
     shown = {"name": name, "provider": facts["provider"], "address": facts["address"], "dashboard": facts["dashboard"]}
@@ -136,9 +136,25 @@ def status(name: str) -> dict[str, Any]:
         return shown | {"up": alive(folder), "nodes": []}
 
 
+def status_of_others(cluster: Cluster, settings: RaySettings) -> dict[str, Any]:
+    """Of a cluster that others keep, who alone know its limits."""
+    token = settings.token_file.expanduser() if settings.token_file else None
+    shown = {"name": cluster.name, "provider": "existing", "address": settings.address, "dashboard": settings.dashboard}
+    shown |= {"least": None, "most": None}
+    try:
+        return shown | {"up": True, "nodes": workers(rest.Dashboard(cluster.name, str(settings.dashboard), token))}
+    except ClusterError:
+        return shown | {"up": False, "nodes": []}
+
+
 def nodes(folder: ClusterFolder) -> list[dict[str, Any]]:
+    """The same of a cluster of ours."""
+    return workers(rest.of_cluster(folder))
+
+
+def workers(dashboard: rest.Dashboard) -> list[dict[str, Any]]:
     """The living worker nodes: id, name, address, resources. Raises ClusterError when the head does not answer."""
-    found = rest.of_cluster(folder).nodes()
+    found = dashboard.nodes()
     return [
         {"node_id": n["node_id"], "name": n["node_name"], "ip": n["node_ip"], "resources": n["resources_total"]}
         for n in found

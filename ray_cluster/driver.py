@@ -1,16 +1,18 @@
 """The Ray job of a run: starts its ranks by Ray Train, lets it replace what fails, closes the record.
 
-    python -m trebuchet.ray_cluster.driver RUN
+    python -m trebuchet.ray_cluster.driver RUN [--trial]         --trial: started by the job of a sweep, and not a job itself
 
 Ray Train restarts the ranks as a group when one is lost and, in an elastic run, whenever the number of nodes changes; each time
 they go on from the newest checkpoint, with the global batch of the plan. How often a failure is forgiven is decided here and in
-ranks.py, by its class, and not by Ray's counters: those count a lost node like a wrong line of data.
+ranks.py, by its class, and not by Ray's counters: those count a lost node like a wrong line of data. SIGTERM is a wish to save and stop;
+tuning.py sends it to a trial that is not worth going on with.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ from .ranks import STOPPED, kind_of, rank
 RESIZE_LOOK_S = 2.0  # how often Ray Train looks whether an elastic run could be larger
 
 
-def main(run: str) -> int:
+def main(run: str, *, trial: bool = False) -> int:
     folder = RunFolder(Path(run))
     import ray
 
-    ray.init(address="auto", log_to_driver=False, namespace="trebuchet")
+    # A job's ranks get its environment from Ray, and a process of a job's has to hand it on.
+    plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+    given = {"env_vars": scheduler.job_spec(plan, folder).environment} if trial else None
+    ray.init(address="auto", log_to_driver=False, namespace="trebuchet", runtime_env=given)
+    signal.signal(signal.SIGTERM, lambda number, frame: folder.stop.touch())  # after init, which takes it for itself
     while True:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
         words = fit(folder, plan)
@@ -105,4 +111,4 @@ def close(folder: RunFolder, outcome: dict[str, Any] | None, words: str | None) 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], trial="--trial" in sys.argv[2:]))

@@ -5,11 +5,13 @@ may be ended by the C library; Ray's process then still has a word to say. The k
 
 What a failure means is decided by its class: what another start may cure (a lost rank or node, a hang the first time) is raised,
 and Ray Train starts the group again; the rest (wrong input, out of memory, a fault of the program) returns, and the driver closes
-the run.
+the run. When a node is about to be taken back (a drain: `ray drain-node`, a preempted Slurm job), all ranks save at the end of their
+step and start again without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,9 @@ from ..launcher.run_folder import RunFolder
 from ..slurm.classify import HANG, NODE, OOM
 
 STOPPED = 75  # worker.STOPPED; not imported, so that this file does not depend on the worker
+LOOK_S = 1.0
+WORD_S = 30.0
+PLANNED = ("resized", "drained")
 Kind = Literal["done", "stopped", "input", "oom", "hang", "node", "program"]
 
 
@@ -62,13 +68,38 @@ def rank(config: dict[str, Any]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "trebuchet.launcher.worker", config["run"]], env=environment, preexec_fn=_end_with_parent
     )
-    code = process.wait()
+    code, drained = wait(process)
+    if drained and not folder.stop.exists() and code == 0 and not finished(folder):
+        raise RankLost(f"rank {mine} of {world} saved a checkpoint, because a node is taken back")
     if code == 0:
         return
     outcome = json.loads(folder.outcome.read_text(encoding="utf-8")) if folder.outcome.exists() else None
     kind = kind_of(outcome) if outcome else "node"
     if kind == "node" or code < 0 or (kind == "hang" and first_hang(folder)):
         raise RankLost(f"rank {mine} of {world} ended with {code}: {(outcome or {}).get('error') or 'no word'}")
+
+
+def wait(process: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """The worker's exit code, and whether a node of the group is being drained; then the worker was asked to save and stop, and all
+    ranks agree on the step (training/runtime.py). Ray's public question, `get_preemption_info`, is a barrier of all ranks and would
+    wait for those whose worker has ended; what this rank has been told is in its context."""
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    told, drained = get_train_context().preemption_context, False
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(LOOK_S), drained
+        if told.preemption_info is not None and not drained:
+            drained = True
+            process.send_signal(signal.SIGUSR1)
+
+
+def finished(folder: RunFolder) -> bool:
+    """Whether the run reached its end: the first rank's last word, waited for, because others end before it."""
+    deadline = time.monotonic() + WORD_S
+    while not folder.outcome.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return folder.outcome.exists() and json.loads(folder.outcome.read_text(encoding="utf-8"))["exit_code"] == 0
 
 
 def kind_of(outcome: dict[str, Any]) -> Kind:
@@ -108,25 +139,31 @@ def open_attempt(folder: RunFolder, handle: str, world: int, restarts: int) -> b
 
 def close_last(folder: RunFolder, last: dict[str, Any], left: dict[str, Any] | None, world: int) -> None:
     before = last.get("world")
-    kind = kind_of(left) if left else "resized" if before != world else "node"
+    kind: str = kind_of(left) if left else "resized" if before != world else "node"
+    if kind == "stopped":
+        kind, left = "drained", None
     if kind == "node" and before != world:
         reason = f"a rank or its node was lost; goes on with {world} ranks instead of {before}"
     elif kind == "resized":
         reason = f"resized from {before} to {world} ranks"
+    elif kind == "drained":
+        reason = f"a node is taken back: saved, and goes on with {world} ranks after {before}"
     else:
         reason = (left or {}).get("error") or "a rank or its node was lost"
-    state = {"resized": JobState.PREEMPTED, "node": JobState.NODE_FAIL}.get(kind, JobState.FAILED)
+    state = {"resized": JobState.PREEMPTED, "drained": JobState.PREEMPTED, "node": JobState.NODE_FAIL}.get(
+        kind, JobState.FAILED
+    )
     record.update(folder, attempt={"kind": kind, "kept": saved_step(folder) > last["first_step"]})
     record.end_attempt(folder, state, 1, reason, goes_on=True)
 
 
 def in_vain(attempts: list[dict[str, Any]]) -> int:
-    """Failures at the end of the list with no checkpoint kept in any of them. A resize is no failure."""
+    """Failures at the end of the list with no checkpoint kept in any of them. A resize or a drain is no failure."""
     count = 0
     for attempt in reversed(attempts):
-        if attempt.get("kept") or attempt.get("kind") not in ("node", "hang", "resized"):
+        if attempt.get("kept") or attempt.get("kind") not in ("node", "hang", *PLANNED):
             break
-        count += attempt.get("kind") != "resized"
+        count += attempt.get("kind") not in PLANNED
     return count
 
 

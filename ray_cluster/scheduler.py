@@ -25,10 +25,11 @@ from .state import cluster_folder
 
 INHERITED = ("HF_HOME", "HF_HUB_CACHE", "TREBUCHET_CACHE", "XDG_CACHE_HOME", "PYTHONPATH")
 # Ray Train's own times, for runs that are to lose seconds and not minutes: how often it looks at its workers, and how long it
-# waits for a group of the old size before it starts one of the size that there is.
+# waits for a group of the old size before it starts one of the size that there is, how often it asks whether a node is drained.
 TRAIN_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
 }
 
 

@@ -1,7 +1,8 @@
 """The trials of a sweep on a Ray cluster: one Ray job whose driver (tuning.py) starts each trial where there is room for it.
 
-A trial has the fewest GPUs of one node that its plan fits on, so that as many run side by side as the cluster holds. Left out:
-trials over several nodes, which are runs for `submit`.
+A trial has the fewest GPUs that its plan fits on: a share of one node, or whole nodes, so that as many run side by side as the cluster
+holds. On one node its ranks are one bundle of a placement group and start as on any machine; over several nodes they are a Ray Train
+run of their own (driver.py), whose placement group has one bundle for each rank.
 """
 
 from __future__ import annotations
@@ -13,34 +14,70 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..launcher import record
-from ..launcher.cluster import Cluster
+from ..launcher.cluster import Cluster, NodeGroup
+from ..launcher.errors import ClusterError
 from ..launcher.job_state import JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
 from ..launcher.sweep_space import ranges
-from . import scheduler
+from . import clusters, scheduler
 
 if TYPE_CHECKING:
     from ..launcher.sweep import SweepFolder
 
 
-def shaped(cluster: Cluster, decide: Callable[[Cluster], Plan]) -> Plan:
-    """The plan of one trial: on one node, with 1, 2, 4, … of its GPUs, the first number that fits; else the plan that does not."""
+def shaped(cluster: Cluster, decide: Callable[[Cluster], Plan], nodes: int | None = None) -> Plan:
+    """The plan of one trial with 1, 2, 4, … GPUs of a node, then with 2, 4, … whole nodes: the first that fits, else the plan that does
+    not. A share of a node counts on that share of its cores and memory, because others have the rest. `nodes`: exactly so many."""
     group = cluster.groups[0]
-    count = 1
-    while True:
-        gpus = min(count, group.gpus_per_node)
-        decided = decide(
-            cluster.model_copy(update={"groups": (group.model_copy(update={"nodes": 1, "gpus_per_node": gpus}),)})
-        )
-        if decided.feasible or gpus >= group.gpus_per_node:
-            return decided
+    most = clusters.most_nodes(cluster, clusters.of_ray(cluster))
+    if nodes is not None and nodes > most:
+        raise ClusterError(f"sweep.nodes is {nodes}, and {cluster.name} has at most {most}.")
+    sizes = [share(group, n) for n in doubled(group.gpus_per_node or 1)] if nodes is None else []
+    sizes += [group.model_copy(update={"nodes": n}) for n in (doubled(most)[1:] if nodes is None else [nodes])]
+    for size in sizes:
+        decided = decide(cluster.model_copy(update={"groups": (size,)}))
+        if decided.feasible:
+            break
+    # With the cluster as it is: what a rank takes of a node does not depend on how much of it the trial has.
+    return decided.model_copy(update={"cluster": cluster})
+
+
+def share(group: NodeGroup, gpus: int) -> NodeGroup:
+    """A node with so many of its GPUs, or the whole node where it has none."""
+    part = gpus / group.gpus_per_node if group.gpus_per_node else 1.0
+    change = {"nodes": 1, "gpus_per_node": gpus if group.gpus_per_node else 0, "cores": max(1, int(group.cores * part))}
+    memory = {key: getattr(group, key) * part for key in ("host_memory_gib", "host_reserved_gib")}
+    return group.model_copy(update=change | memory)
+
+
+def doubled(most: int) -> list[int]:
+    """1, 2, 4, … and `most`."""
+    found, count = [], 1
+    while count < most:
+        found.append(count)
         count *= 2
+    return [*found, most]
+
+
+def nodes_of(plan: Plan) -> int:
+    """How many nodes the ranks of one trial need."""
+    assert plan.chosen is not None
+    return -(-plan.chosen.ranks // scheduler.ranks_per_node(plan))
+
+
+def at_once(plan: Plan) -> int:
+    """How many such trials the cluster holds when it has all of its nodes."""
+    assert plan.chosen is not None
+    most = clusters.most_nodes(plan.cluster, clusters.of_ray(plan.cluster))
+    if nodes_of(plan) > 1:
+        return max(1, most // nodes_of(plan))
+    return most * max(1, scheduler.ranks_per_node(plan) // plan.chosen.ranks)
 
 
 def preview_trials(sweep: SweepFolder, plans: Sequence[Plan], parallel: int) -> str:
     """Ray's own command for the same job, and what each trial takes of a node."""
-    lines = [f"# trial {number:03d}: {resources(plan)}" for number, plan in enumerate(plans)]
+    lines = [f"# trial {number:03d}: {bundles(plan)}" for number, plan in enumerate(plans)]
     return "\n".join(["#!/bin/sh", *lines, f"ray job submit --no-wait -- {entrypoint(sweep, range(len(plans)))}", ""])
 
 
@@ -70,10 +107,11 @@ def entrypoint(sweep: SweepFolder, numbers: Sequence[int]) -> str:
     return shlex.join([sys.executable, "-m", f"{__package__}.tuning", str(sweep.root), ranges(sorted(numbers))])
 
 
-def resources(plan: Plan) -> dict[str, float]:
-    """What one trial takes: all of its ranks on one node."""
+def bundles(plan: Plan) -> list[dict[str, float]]:
+    """The bundles of a trial's placement group: one for all ranks of one node, or one for each rank over several."""
     assert plan.chosen is not None
     one = scheduler.resources_of(plan)
-    return {
-        key: value if key.startswith("accelerator_type") else value * plan.chosen.ranks for key, value in one.items()
-    }
+    if nodes_of(plan) > 1:
+        return [one] * plan.chosen.ranks
+    ranks = plan.chosen.ranks
+    return [{key: value if key.startswith("accelerator_type") else value * ranks for key, value in one.items()}]

@@ -2,9 +2,10 @@
 
     python -m trebuchet.ray_cluster.tuning SWEEP NUMBERS          numbers as in 0-3,7
 
-A trial is a run like any other, watched by launcher/local.py on the node that Tune found for it: out of memory, failures and its
-record are that module's. Tune learns its evaluations and may stop it early; it then saves a checkpoint and ends. What Tune keeps of
-its own is not needed to go on: `resume` starts the trials that are not finished, each from its checkpoint.
+A trial is a run like any other: watched by one_node.py on the node that Tune found for it, or by driver.py where its ranks are on
+several. Out of memory, failures and its record are those modules'; when its node is lost Tune starts it again elsewhere. Tune learns its
+evaluations and may stop it early; it then saves a checkpoint and ends. What Tune keeps of its own is not needed to go on: `resume`
+starts the trials that are not finished, each from its checkpoint, and a search learns from their records.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from ..launcher import record
+from ..launcher import record, sweep_budget, sweep_follow
 from ..launcher.plan import Plan
 from ..launcher.sweep import SweepFolder
-from . import trials
+from . import scheduler, trials
 
 LOOK_S = 0.5
+# Where the function of a trial over several nodes waits: on the head, which has no cores to give. Every head has this resource.
+HEAD = "node:__internal_head__"
 
 
 def main(root: str, numbers: str) -> int:
@@ -31,35 +35,53 @@ def main(root: str, numbers: str) -> int:
     import ray
 
     ray.init(address="auto", log_to_driver=False, namespace="trebuchet")
-    tune_trials(sweep, numbers_of(numbers))
+    with sweep_budget.enforced(sweep.root):
+        tune_trials(sweep, numbers_of(numbers))
+    print(sweep_follow.write_page(sweep))
     return 0
 
 
 def tune_trials(sweep: SweepFolder, numbers: list[int]) -> None:
     from ray import tune
 
+    from .trial_queue import TrialQueue
+
     facts = sweep.facts()
-    function = tune.with_resources(trial, lambda config: trials.resources(plan_of(sweep, config["number"])))
+    room = max(trials.at_once(plan_of(sweep, number)) for number in numbers)
     tuner = tune.Tuner(
-        function,
-        param_space={"sweep": str(sweep.root), "metric": facts["metric"], "number": tune.grid_search(numbers)},
+        tune.with_resources(trial, lambda config: placement(plan_of(sweep, config["number"]))),
+        param_space={"sweep": str(sweep.root), "metric": facts["metric"]},
         tune_config=tune.TuneConfig(
             metric=facts["metric"],
             mode=facts["mode"],
+            search_alg=TrialQueue(sweep, numbers),
+            num_samples=len(numbers),
             scheduler=stopper(facts["stopping"]),
-            max_concurrent_trials=facts["parallel"],
+            # Tune asks for the places of trials ahead; more than the cluster can ever hold would only make a search choose too early.
+            max_concurrent_trials=min(facts["parallel"], room),
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(sweep.root / "ray"), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(sweep.root / "ray"),
+            failure_config=tune.FailureConfig(max_failures=scheduler.settings_of(plan_of(sweep, numbers[0])).restarts),
+            verbose=0,
+        ),
     )
-    for result in tuner.fit():
-        number = result.config["number"]
-        if result.metrics and not result.metrics.get("ended") and result.error is None:
-            record.update(sweep.trial(number), stopped_early=True)
+    tuner.fit()
+
+
+def placement(plan: Plan) -> Any:
+    """The placement group of a trial. Over several nodes it holds the function that waits; Ray Train asks for one for the ranks."""
+    from ray import tune
+
+    several = trials.nodes_of(plan) > 1
+    return tune.PlacementGroupFactory([{HEAD: 0.001}] if several else trials.bundles(plan))
 
 
 def trial(config: dict[str, Any]) -> None:
     """Tune's function: starts the run and reports its evaluations until it ends. When Tune stops it, or its driver is gone, the
     kernel sends the watcher the SIGTERM that lets a run save."""
+    import ray
     from ray import tune
 
     sweep = SweepFolder(Path(config["sweep"]))
@@ -67,8 +89,12 @@ def trial(config: dict[str, Any]) -> None:
     if sweep.stop.exists():
         return
     seen = 0
-    command = [sys.executable, "-m", "trebuchet.launcher.local", str(folder.root)]
-    process = subprocess.Popen(command, preexec_fn=_stop_with_parent)
+    several = trials.nodes_of(plan_of(sweep, config["number"])) > 1
+    start = ["driver", str(folder.root), "--trial"] if several else ["one_node", str(folder.root)]
+    command = [sys.executable, "-m", f"{__package__}.{start[0]}", *start[1:]]
+    # The address by name: without it Ray takes the cluster that was started last on this machine.
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    process = subprocess.Popen(command, env=environment, preexec_fn=_stop_with_parent)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LOOK_S)

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..launcher import record
+from ..launcher import record, sweep_budget
 from ..launcher.errors import TrebuchetError
 from ..launcher.job_state import JobState
 from ..launcher.run_folder import RunFolder
@@ -51,6 +51,10 @@ def begin(folder: RunFolder, facts: classify.Facts) -> int:
             "log_from": log.stat().st_size if log.exists() else 0,
         },
     )
+    if (root := sweep_budget.sweep_of(folder)) and (why := sweep_budget.used_up(root)):
+        record.update(folder, left_out=why)
+        record.end_attempt(folder, JobState.CANCELLED, 130, why)
+        return 130
     if folder.stop.exists():  # cancelled while it waited
         folder.stop.unlink()
         record.end_attempt(folder, JobState.CANCELLED, 130, None)

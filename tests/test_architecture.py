@@ -175,7 +175,7 @@ def test_only_shared_data_of_the_launcher_is_used_below_it() -> None:
 
 def test_slurm_uses_shared_data_and_one_verb() -> None:
     """The job on the node keeps the same record as the launcher, and makes the checks that a bare login node could not."""
-    known = {*SHARED, "launcher.api", "launcher.retry", "launcher.sweep_space"}
+    known = {*SHARED, "launcher.api", "launcher.retry", "launcher.sweep_space", "launcher.sweep_budget"}
     assert not breaking(
         lambda source, target, module: source == "slurm" and target == "launcher" and module not in known
     )

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trebuchet.launcher import record
 from trebuchet.launcher.cluster import CONFIGS, Cluster, NodeGroup, load_cluster
 from trebuchet.launcher.errors import ClusterError, UserError
 from trebuchet.launcher.plan import Chosen
-from trebuchet.ray_cluster import clusters, clusters_text, ranks
+from trebuchet.launcher.run_folder import RunFolder
+from trebuchet.ray_cluster import clusters, clusters_text, one_node, ranks
 from trebuchet.ray_cluster.settings import ray_settings
 from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 
@@ -164,3 +166,20 @@ def test_resizing_writes_what_the_autoscaler_reads(tmp_path: Path, monkeypatch: 
     clusters.resize(cluster.name, 3, at_most=True)
     assert limits() == (0, 3)
     assert json.loads(folder.facts.read_text())["name"] == cluster.name
+
+
+def test_a_trial_of_a_lost_node_is_started_again_until_it_was_in_vain_too_often(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    record.write_atomically(folder.record, json.dumps({"state": "PENDING", "step": 0, "attempts": []}))
+    assert one_node.close_lost(folder, 1)  # nothing was begun
+    for expected in (True, False):
+        record.begin_attempt(folder, "local://gone/1", ranks=1)
+        assert one_node.close_lost(folder, 1) is expected
+        assert record.read(folder)["attempts"][-1]["state"] == "NODE_FAIL"
+    assert record.read(folder)["state"] == "NODE_FAIL" and "2 failures in a row" in record.read(folder)["error"]
+    record.begin_attempt(folder, "local://here/2", ranks=1)
+    (tmp_path / "logs").mkdir()
+    assert not one_node.again(folder, {"exit_code": 1, "error": None}, 2)  # without a word: a third in vain
+    assert one_node.again(folder, {"exit_code": 1, "error": None}, 3)
+    record.write_atomically(folder.outcome, "{}")
+    assert not one_node.again(folder, {"exit_code": 1, "error": "ValueError: shape", "node": None}, 9)

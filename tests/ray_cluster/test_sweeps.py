@@ -14,8 +14,8 @@ import pytest
 import yaml
 from trebuchet.launcher import cli, record
 from trebuchet.launcher.sweep import SweepFolder, open_sweep
-from trebuchet.ray_cluster import clusters
-from trebuchet.ray_cluster.state import cluster_folder
+from trebuchet.ray_cluster import clusters, rest
+from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 
 from .test_runs import wait_for
 
@@ -49,6 +49,12 @@ def watchers(folder: SweepFolder) -> list[psutil.Process]:
     return found
 
 
+def groups_of(folder: ClusterFolder) -> list[dict[str, Any]]:
+    """Placement groups that hold resources, as Ray's own state API lists them."""
+    found = rest.of_cluster(folder).ask("/api/v0/placement_groups?detail=1&limit=1000")["data"]["result"]["result"]
+    return [group for group in found if group["state"] == "CREATED"]
+
+
 def test_poor_trials_end_early_a_killed_driver_loses_nothing_and_nodes_are_given_back(
     ray_cluster: Path,
     with_settings: Callable[..., str],
@@ -74,6 +80,9 @@ def test_poor_trials_end_early_a_killed_driver_loses_nothing_and_nodes_are_given
     folder = open_sweep(str(tmp_path / "sweep"))
     assert folder is not None
     first = folder.trial(0)
+    wait_for(lambda: record.read(first)["step"] >= 12, 400, lambda: str(table(folder, capsys)))
+    rank = next(p for p in watchers(folder) if p.cmdline()[-2:] == ["trebuchet.launcher.worker", str(first.root)])
+    rank.kill()
     wait_for(
         lambda: any(record.read(t)["state"] == "SUCCEEDED" for t in folder.trials()),
         400,
@@ -82,6 +91,9 @@ def test_poor_trials_end_early_a_killed_driver_loses_nothing_and_nodes_are_given
     driver = driver_of(folder)
     os.kill(driver.pid, signal.SIGKILL)
     wait_for(lambda: not watchers(folder), 60, lambda: f"trials of a dead driver to end: {watchers(folder)}")
+    there = cluster_folder(name)
+    wait_for(lambda: not groups_of(there), 30, lambda: f"places of a dead driver: {groups_of(there)}")
+    wait_for(lambda: not clusters.nodes(there), 90, lambda: f"idle nodes to end: {clusters.nodes(there)}")
     kept = {
         t.root.name: (t.model / "model.safetensors").stat().st_mtime_ns
         for t in folder.trials()
@@ -103,6 +115,7 @@ def test_poor_trials_end_early_a_killed_driver_loses_nothing_and_nodes_are_given
     early = [row["trial"] for row in found["trials"] if row["stopped_early"]]
     assert early and set(early) <= {"002", "003"}, found
     assert found["best"] in ("000", "001") and first.model.exists()
-    wait_for(
-        lambda: not clusters.nodes(cluster_folder(name)), 90, lambda: f"idle nodes to end: {clusters.status(name)}"
-    )
+    lost, after = record.read(first)["attempts"][:2]
+    assert lost["kind"] == "node" and after["first_step"] >= 12 - 6, record.read(first)[
+        "attempts"
+    ]  # from its checkpoint

@@ -82,8 +82,8 @@ def ray_on_slurm(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
 def test_nodes_come_are_replaced_and_go(
     slurm: SlurmCluster, ray_on_slurm: Cluster, tiny_config: Config, tmp_path: Path
 ) -> None:
-    """A run of two ranks brings two jobs; one cancelled from outside is replaced and the run goes on; idle nodes end; after the
-    head is gone, or `down`, the queue is empty."""
+    """A run of two ranks brings two jobs; one is told to go, as by preemption: the ranks save before it does, it is replaced, and not a
+    step is lost. Idle nodes end; after `down` the queue is empty."""
     folder = cluster_folder(ray_on_slurm.name)
     assert list(ray_jobs.jobs(folder)) == [folder.read()["head_job"]]
     changes = {
@@ -96,15 +96,38 @@ def test_nodes_come_are_replaced_and_go(
     nodes = nodes_of(folder)
     assert len(nodes) == 2
     lost = next(iter(nodes))
-    slurm.ask("scancel", lost)
+    slurm.ask("scancel", lost)  # SIGTERM, and SIGKILL after KillWait, 10 s: what a preemption is to a job
     wait_for(lambda: len(record.read(run)["attempts"]) > 1, 400, lambda: f"a second attempt; {record.read(run)}")
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end; {record.read(run)}")
     found = record.read(run)
     assert found["state"] == JobState.SUCCEEDED, found
-    assert found["attempts"][0]["kind"] == "node" and found["attempts"][1]["first_step"] > 0
+    first, second = found["attempts"]
+    assert first["kind"] == "drained" and first["state"] == JobState.PREEMPTED, found["attempts"]
+    assert second["first_step"] == first["last_step"] > 0, found["attempts"]
     wait_for(lambda: not nodes_of(folder), 120, lambda: f"idle nodes to end; {ray_jobs.jobs(folder)}")
     clusters.down(ray_on_slurm.name, lambda line: None)
     assert slurm.ask("squeue", "-h", "-o", "%j").split().count(ray_jobs.job_name(folder)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(slurm: SlurmCluster) -> None:
+    """In the partition that it names. The head's job is killed with its script, as by a node that fails: a node's job ends itself."""
+    name = "ray-on-slurm"
+    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
+    clusters.up(load_cluster(name), lambda line: None)
+    folder = cluster_folder(name)
+    try:
+        assert (shown := clusters.status(load_cluster(name)))["up"] and shown["most"] == 4
+        head = folder.read()["head_job"]
+        clusters.resize(name, 1)
+        wait_for(lambda: bool(clusters.nodes(folder)), 120, lambda: f"a node; {ray_jobs.jobs(folder)}")
+        assert clusters.nodes(folder)[0]["resources"]["GPU"] == 4
+        slurm.ask("scancel", "--full", "--signal=KILL", head)
+        wait_for(lambda: not ray_jobs.jobs(folder), 120, lambda: f"an empty queue; {ray_jobs.jobs(folder)}")
+    finally:
+        clusters.down(name, lambda line: None)
+    assert not folder.root.exists()
 
 
 def nodes_of(folder: ClusterFolder) -> dict[str, str]:

@@ -1,0 +1,60 @@
+"""A trial whose ranks are on one node: watched as on any machine, and started again for what another start may cure.
+
+    python -m trebuchet.ray_cluster.one_node RUN
+
+The classes of failures and how often each is forgiven are those of a run on Ray (ranks.py). Ray starts this again, on another node,
+when the node is lost; the attempt that nobody closed is closed here. Left out: trials over several nodes (driver.py).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..launcher import local, record
+from ..launcher.job import JobState
+from ..launcher.plan import Plan
+from ..launcher.run_folder import RunFolder
+from . import scheduler
+from .ranks import first_hang, in_vain, kind_of, saved_step
+
+
+def main(run: str) -> int:
+    folder = RunFolder(Path(run))
+    plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
+    restarts = scheduler.settings_of(plan).restarts
+    if not close_lost(folder, restarts):
+        return 1
+    return local.execute(folder, plan, direct=True, again=lambda outcome: again(folder, outcome, restarts))
+
+
+def close_lost(folder: RunFolder, restarts: int) -> bool:
+    """Closes an attempt whose node, or whose watcher there, is gone. False when that was once too often; the record then says so."""
+    attempts = record.read(folder)["attempts"]
+    if not attempts or attempts[-1]["ended"] is not None:
+        return True
+    note(folder, "node")
+    wasted = in_vain(record.read(folder)["attempts"])
+    reason = "the trial's node, or the process that watched it there, was lost"
+    if wasted > restarts:
+        reason = f"{wasted} failures in a row without a new checkpoint: {reason}"
+    record.end_attempt(folder, JobState.NODE_FAIL, 1, reason, goes_on=wasted <= restarts)
+    return wasted <= restarts
+
+
+def again(folder: RunFolder, outcome: dict[str, Any], restarts: int) -> bool:
+    """Whether a failure is worth the same plan once more: a rank that was lost or ended without a word, and the first hang."""
+    kind = kind_of(outcome) if folder.outcome.exists() else "node"
+    worth = kind == "node" or (kind == "hang" and first_hang(folder))
+    note(folder, kind)
+    return worth and in_vain(record.read(folder)["attempts"]) <= restarts
+
+
+def note(folder: RunFolder, kind: str) -> None:
+    first = record.read(folder)["attempts"][-1]["first_step"]
+    record.update(folder, attempt={"kind": kind, "kept": saved_step(folder) > first})
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
