@@ -210,7 +210,8 @@ def start(folder: SweepFolder, numbers: Sequence[int]) -> str:
     facts = folder.facts()
     for trial in map(folder.trial, numbers):
         if record.read(trial).get("left_out"):
-            record.update(trial, left_out=None)
+            trial.stop.unlink(missing_ok=True)
+            record.update(trial, left_out=None, state=JobState.PENDING.value, exit_code=None, error=None)
     said: str = backends.trials(facts["scheduler"]).run_trials(folder, list(numbers))
     if facts["stopping"] and facts["scheduler"] != "ray":
         said += "; sweep.stopping needs Ray, so every trial runs to its end"

@@ -74,7 +74,7 @@ def test_a_search_runs_out_of_its_budget_and_goes_on_with_more(
         "evaluation.every": 10**6,
         "evaluation.generations": 0,
         "checkpointing.every": 10**6,
-        "optimization.max_steps": 500,
+        "optimization.max_steps": 200,
     }
     config = tiny_config(few, output=str(tmp_path / "sweep"))
     config["sweep"] = {
@@ -111,7 +111,7 @@ def test_a_search_runs_out_of_its_budget_and_goes_on_with_more(
     shown = capfd.readouterr().out
     assert "used:" in shown and "of 5 hours" in shown and "best so far: trial 00" in shown
     attempts = record.read(folder.trial(0))["attempts"]
-    assert [a["first_step"] for a in attempts] == [0, first["step"]] and 2 <= first["step"] < 500
+    assert [a["first_step"] for a in attempts] == [0, first["step"]] and 2 <= first["step"] < 200
     drawn = folder.facts()["trials"][1]["optimization.learning_rate"]
     assert json.loads(folder.trial(1).plan.read_text())["chosen"]["learning_rate"] == drawn
     page = (folder.root / "report.html").read_text()

@@ -11,8 +11,9 @@ from typing import Any
 import psutil
 import pytest
 from trebuchet.launcher import api, cli, record
+from trebuchet.launcher.errors import SchedulerRefused
 from trebuchet.launcher.run_folder import RunFolder
-from trebuchet.ray_cluster import clusters
+from trebuchet.ray_cluster import clusters, rest
 from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 
 from .test_runs import LONG, wait_for
@@ -56,19 +57,25 @@ def processes(folder: ClusterFolder) -> list[psutil.Process]:
     return found
 
 
-def test_the_autoscaling_file_starts_as_it_is_and_leaves_nothing(
-    shipped: str, capsys: pytest.CaptureFixture[str]
+def test_the_autoscaling_file_starts_as_it_is_beside_another_and_leaves_nothing(
+    shipped: str, ray_cluster: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Two clusters on one machine: each takes its own token and no other, and not to have one is no way in."""
     capsys.readouterr()
     assert cli.main(["cluster", "status", shipped, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["up"] and found["nodes"] == [] and (found["least"], found["most"]) == (0, 4)
     folder = cluster_folder(shipped)
+    other = cluster_folder(ray_cluster.stem)
+    for token in (other.token, None):
+        with pytest.raises(SchedulerRefused, match=r"40[13]"):
+            rest.Dashboard("wrong", folder.read()["dashboard"], token).nodes()
     before = processes(folder)
     assert len(before) > 3  # head, its monitor, its agents
     assert cli.main(["cluster", "up", shipped]) == 2 and "is up already" in capsys.readouterr().err
     assert cli.main(["cluster", "down", shipped]) == 0
     assert not [p for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] and not folder.root.exists()
+    assert rest.of_cluster(other).nodes()  # the other one is as it was
 
 
 def test_a_run_outlives_its_head(
