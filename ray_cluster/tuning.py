@@ -47,7 +47,8 @@ def tune_trials(sweep: SweepFolder, numbers: list[int]) -> None:
     from .trial_queue import TrialQueue
 
     facts = sweep.facts()
-    room = max(trials.at_once(plan_of(sweep, number)) for number in numbers)
+    # More than the cluster can ever hold at once would only make a search choose too early.
+    most = min(facts["parallel"], max(trials.at_once(plan_of(sweep, number)) for number in numbers))
     tuner = tune.Tuner(
         tune.with_resources(trial, lambda config: placement(plan_of(sweep, config["number"]))),
         param_space={"sweep": str(sweep.root), "metric": facts["metric"]},
@@ -57,8 +58,7 @@ def tune_trials(sweep: SweepFolder, numbers: list[int]) -> None:
             search_alg=TrialQueue(sweep, numbers),
             num_samples=len(numbers),
             scheduler=stopper(facts["stopping"]),
-            # Tune asks for the places of trials ahead; more than the cluster can ever hold would only make a search choose too early.
-            max_concurrent_trials=min(facts["parallel"], room),
+            max_concurrent_trials=most,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -91,7 +91,7 @@ def trial(config: dict[str, Any]) -> None:
     seen = 0
     several = trials.nodes_of(plan_of(sweep, config["number"])) > 1
     start = ["driver", str(folder.root), "--trial"] if several else ["one_node", str(folder.root)]
-    command = [sys.executable, "-m", f"{__package__}.{start[0]}", *start[1:]]
+    command = [sys.executable, "-m", f"trebuchet.ray_cluster.{start[0]}", *start[1:]]
     # The address by name: without it Ray takes the cluster that was started last on this machine.
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     process = subprocess.Popen(command, env=environment, preexec_fn=_stop_with_parent)
