@@ -76,7 +76,7 @@ class Shell(CommandRunnerInterface):
         self, cmd: str | None = None, timeout: int = 120, exit_on_fail: bool = False, with_output: bool = False,
         environment_variables: dict[str, object] | None = None, **more: Any,
     ) -> str:  # fmt: skip
-        if cmd == "ray stop":
+        if cmd and cmd.strip().endswith("ray stop"):
             end(self.machine)
             return ""
         more = {name: str(value) for name, value in (environment_variables or {}).items()}

@@ -96,7 +96,7 @@ def test_nodes_come_are_replaced_and_go(
     nodes = nodes_of(folder)
     assert len(nodes) == 2
     lost = next(iter(nodes))
-    slurm.ask("scancel", lost)  # SIGTERM, and SIGKILL after KillWait, 10 s: what a preemption is to a job
+    slurm.ask("scancel", "--signal=TERM", lost)  # the notice of a preemption; the node then has DRAIN_S
     wait_for(lambda: len(record.read(run)["attempts"]) > 1, 400, lambda: f"a second attempt; {record.read(run)}")
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end; {record.read(run)}")
     found = record.read(run)
