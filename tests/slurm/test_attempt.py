@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -165,3 +166,20 @@ def test_what_runs_around_the_ranks_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_trial_does_not_start_when_the_sweep_s_budget_is_used_up(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that ran for an hour before it; the budget holds two and then one."""
+    for name in ("000", "001"):
+        shutil.copytree(run.root, tmp_path / "sweep" / "trials" / name)
+    first, second = (RunFolder(tmp_path / "sweep" / "trials" / name) for name in ("000", "001"))
+    hour = {"started": "2026-01-01T10:00:00+0000", "ended": "2026-01-01T11:00:00+0000"}
+    record.update(first, attempts=[hour])
+    for hours, code, state in ((2, 0, "RUNNING"), (1, 130, "CANCELLED")):
+        (tmp_path / "sweep" / "sweep.json").write_text(json.dumps({"budget": {"hours": hours}}))
+        record.update(second, attempts=[])
+        assert begin(second, monkeypatch) == code
+        assert record.read(second)["state"] == state
+    assert "budget.hours of 1 hours" in record.read(second)["error"] == record.read(second)["left_out"]
