@@ -49,7 +49,7 @@ def beside(path: str) -> Any:
 
 ray_figure = beside("benchmarks/ray_figure.py")
 IDLE_S = 6.0
-TRIALS, PARALLEL, STEPS, BATCH, LENGTH = 16, 2, 40, 8, 128
+TRIALS, PARALLEL, STEPS, BATCH, LENGTH = 16, 2, 30, 8, 128
 ASK = """
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False)

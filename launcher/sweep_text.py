@@ -16,6 +16,7 @@ from .job_state import JobState
 from .plan_text import render as render_plan
 from .run_folder import RunFolder
 from .sweep import Planned, SweepFolder, name_of
+from .sweep_space import startup
 
 FINAL = {"eval_loss": "loss", "eval_perplexity": "perplexity"}  # measured once more after the last step
 
@@ -129,11 +130,14 @@ def _short(value: Any) -> str:
 
 def preview(planned: Planned) -> str:
     """The plan of the first trial, every trial's values, and what would be started."""
-    assert planned.config.sweep is not None
+    sweep = planned.config.sweep
+    assert sweep is not None
     lines = [render_plan(planned.plans[0])]
     for number, (values, plan) in enumerate(zip(planned.values, planned.plans, strict=True)):
         assert plan.chosen is not None
         pairs = ", ".join(f"{key}={_short(value)}" for key, value in values.items())
+        if sweep.method == "optuna" and number >= startup(sweep):
+            pairs = f"values that optuna draws when it starts, for example {pairs}"
         lines.append(f"trial {name_of(number)}: {pairs}  ({plan.chosen.method}, micro-batch {plan.chosen.micro_batch})")
     module = backends.trials(planned.plans[0].cluster.scheduler)
-    return "\n".join([*lines, "", module.preview_trials(planned.folder, planned.plans, planned.config.sweep.parallel)])
+    return "\n".join([*lines, "", module.preview_trials(planned.folder, planned.plans, sweep.parallel)])
