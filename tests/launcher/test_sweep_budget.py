@@ -70,6 +70,7 @@ def test_a_search_runs_out_of_its_budget_and_goes_on_with_more(
 ) -> None:
     """Two trials. After two steps of the first nothing is left of the budget: it saves, and with more goes on from there. The values of
     the second trial are drawn when it starts, and not before."""
+    pytest.importorskip("optuna", reason="searches need optuna: pip install 'trebuchet[sweep]'")
     few = {
         "evaluation.every": 10**6,
         "evaluation.generations": 0,

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 import yaml
 from hypothesis import given
@@ -18,6 +17,7 @@ from trebuchet.launcher.schema_sweep import Sweep, Values
 from trebuchet.launcher.sweep_search import Past, suggest
 from trebuchet.launcher.sweep_space import corners, expand, startup
 
+optuna = pytest.importorskip("optuna", reason="searches need optuna: pip install 'trebuchet[sweep]'")
 Config = Callable[..., dict[str, Any]]
 SPACE = {
     "rate": Values(log_uniform=(1e-6, 1.0)),

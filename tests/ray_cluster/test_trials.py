@@ -96,6 +96,7 @@ def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
 ) -> None:
     """Two trials of two ranks, one after the other: the second one's values are Optuna's after the first. Ctrl+C in the command that
     shows the table: the trial that runs saves, and places and nodes are given back."""
+    pytest.importorskip("optuna", reason="searches need optuna: pip install 'trebuchet[sweep]'")
     changes = {
         "optimization.max_steps": 6, "optimization.warmup": 0, "optimization.global_batch_size": 4, "evaluation.every": 3,
         "evaluation.generations": 0, "checkpointing.every": 3, "tracking": [],
