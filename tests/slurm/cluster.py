@@ -63,11 +63,9 @@ MaxArraySize=2001
 MaxJobCount=20000
 GresTypes=gpu
 {nodes}
-NodeName=big NodeHostname=localhost NodeAddr=127.0.0.1 Port={big_port} CPUs=72 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
-PartitionName=low Nodes={names} Default=YES PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=60
-PartitionName=abrupt Nodes={names} PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
-PartitionName=high Nodes={names} PriorityTier=10 MaxTime=60 State=UP PreemptMode=OFF
-PartitionName=gpu Nodes=big PriorityTier=1 State=UP PreemptMode=OFF
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=60
+PartitionName=abrupt Nodes=ALL PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
+PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=60 State=UP PreemptMode=OFF
 """
 
 
@@ -90,9 +88,6 @@ class SlurmCluster:
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
         for i in range(1, self.nodes + 1):
             self.start_node(f"n{i}")
-        self.start_node(
-            "big"
-        )  # one node of the kind that cluster_configs/ray-on-slurm.yaml asks for, in a partition of its own
         wait_for(
             lambda: self.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == str(self.nodes),
             60,
@@ -151,27 +146,22 @@ class SlurmCluster:
     def _configure(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "state").mkdir()
-        for i in range(self.nodes * self.gpus + 4):
+        for i in range(self.nodes * self.gpus):
             (self.root / f"gpu{i}").touch()
-        ports = free_ports(self.nodes + 2)
+        ports = free_ports(self.nodes + 1)
         names = [f"n{i}" for i in range(1, self.nodes + 1)]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
             f"CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus} State=UNKNOWN"
-            for name, port in zip(names, ports[2:], strict=True)
+            for name, port in zip(names, ports[1:], strict=True)
         )
         (self.root / "slurm.conf").write_text(
-            CONF.format(
-                root=self.root, controller_port=ports[0], big_port=ports[1], nodes=nodes, names=",".join(names)
-            ),
-            encoding="utf-8",
+            CONF.format(root=self.root, controller_port=ports[0], nodes=nodes), encoding="utf-8"
         )
-        gres = [
+        gres = (
             f"NodeName={n} Name=gpu File={self.root}/gpu[{i * self.gpus}-{(i + 1) * self.gpus - 1}]"
             for i, n in enumerate(names)
-        ]
-        first = self.nodes * self.gpus
-        gres.append(f"NodeName=big Name=gpu File={self.root}/gpu[{first}-{first + 3}]")
+        )
         (self.root / "gres.conf").write_text("\n".join(gres) + "\n", encoding="utf-8")
         (self.root / "cgroup.conf").write_text("CgroupAutomount=no\n", encoding="utf-8")
 

@@ -109,26 +109,5 @@ def test_nodes_come_are_replaced_and_go(
     assert slurm.ask("squeue", "-h", "-o", "%j").split().count(ray_jobs.job_name(folder)) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(slurm: SlurmCluster) -> None:
-    """In the partition that it names. The head's job is killed with its script, as by a node that fails: a node's job ends itself."""
-    name = "ray-on-slurm"
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
-    clusters.up(load_cluster(name), lambda line: None)
-    folder = cluster_folder(name)
-    try:
-        assert (shown := clusters.status(load_cluster(name)))["up"] and shown["most"] == 4
-        head = folder.read()["head_job"]
-        clusters.resize(name, 1)
-        wait_for(lambda: bool(clusters.nodes(folder)), 120, lambda: f"a node; {ray_jobs.jobs(folder)}")
-        assert clusters.nodes(folder)[0]["resources"]["GPU"] == 4
-        slurm.ask("scancel", "--full", "--signal=KILL", head)
-        wait_for(lambda: not ray_jobs.jobs(folder), 120, lambda: f"an empty queue; {ray_jobs.jobs(folder)}")
-    finally:
-        clusters.down(name, lambda line: None)
-    assert not folder.root.exists()
-
-
 def nodes_of(folder: ClusterFolder) -> dict[str, str]:
     return {job: comment for job, (_, comment) in ray_jobs.jobs(folder).items() if comment.startswith("worker-")}
