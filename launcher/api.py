@@ -46,7 +46,7 @@ def plan(config: ConfigLike, *, cluster: str | Cluster | None = None, overrides:
     size, model = data_size(wanted), load_model_spec(wanted.model)
 
     def decide(hardware: Cluster) -> Plan:
-        return with_way_out(make_plan(wanted, model, hardware, examples=size.examples, tokens=size.tokens))
+        return with_way_out(make_plan(wanted, model, hardware, examples=size.examples, tokens=size.tokens), size.tokens)
 
     if where.scheduler == "ray":  # how many ranks is a setting of the cluster there, and may be two numbers
         decided: Plan = backends.backend("ray").shaped(where, wanted.cluster.processes, decide)

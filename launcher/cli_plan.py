@@ -87,6 +87,12 @@ def _flag(name: str) -> str:
 def probe_lines(found: dict[str, Any]) -> list[str]:
     """The probe beside the formula, and a sentence where they are more than 5 % apart."""
     lines = [f"Probe: one step on fake tensors, {found['seconds']:.0f} s"]
+    if found["measured_at"] != [found["layers"]]:
+        *some, last = found["measured_at"]
+        lines.append(
+            f"  measured at {', '.join(map(str, some))} and {last} of {found['layers']} layers: all are alike, and every moment was "
+            "linear in depth"
+        )
     for phase, pair in found["phases"].items():
         lines.append(f"  {phase:<18} {pair['probe_gib']:8.2f} GiB live   formula {pair['formula_gib']:8.2f}")
     difference = 100 * found["difference"]

@@ -2,8 +2,9 @@
 
 The policy, in one place:
 
-1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one. A frozen base that
-   streams from host memory in every step comes last: NF4 on the GPU costs less than the bus.
+1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one, its hours or price are over
+   the user's budget, or there are so few examples that full fine-tuning of a model of billions comes last (FEW_EXAMPLES). A frozen
+   base that streams from host memory in every step comes after one that does not: NF4 on the GPU costs less than the bus.
 2. Where things are: all on the GPUs, then ZeRO-3 with the optimizer in host memory, then FSDP2 with the parameters there too.
 3. Within these, of all that fits, the fastest by the formula of `strategies/throughput.py`: one device; on several DDP (a whole copy
    on each), or FSDP2 over all of them or over whole nodes, with copies between (HSDP, dp_replicate x dp_shard); activation
@@ -19,6 +20,7 @@ import itertools
 from collections.abc import Iterator
 
 from .advice import advice
+from .cells import spell
 from .cluster import Cluster
 from .costing import Hardware, Layout, cost_and_time, precision
 from .errors import ClusterError
@@ -28,6 +30,9 @@ from .plan import Chosen, Plan, Rejected
 from .schema import TrainConfig
 
 METHODS = ("full", "lora", "qlora")
+# From practice: fewer examples than this overfit, and the more parameters train the sooner; a small model trained whole has about as
+# many parameters as the adapters of a large one. The first is the commonly published figure, the second was chosen.
+FEW_EXAMPLES, LARGE_PARAMS = 500, 1e9
 REFERENCES = {
     "adapters_off": "reference: the same base with its adapters off; no memory, one more forward pass a step",
     "precomputed": "reference: log-probabilities computed once before the first step; no memory, no time per step",
@@ -56,16 +61,21 @@ def make_plan(
     rejected: list[Rejected] = []
     chosen: Chosen | None = None
     reasons: list[str] = []
-    for _, group in itertools.groupby(candidates(config, hardware), key=lambda cell: (cell[0], cell[1].offload)):
+    few = few_examples(config, model, examples)
+    cells = candidates(config, hardware, last=("full",) if few else ())
+    for _, group in itertools.groupby(cells, key=lambda cell: (cell[0], cell[1].offload)):
         fits: list[Chosen] = []
         for method, layout in group:
             found = fit(config, model, hardware, method, layout)
             if isinstance(found, Rejected):
                 rejected.append(found)
             fits += [timed(config, model, hardware, one, tokens) for one in found] if isinstance(found, list) else []
+        dear = [no for one in fits if (no := over_budget(config, one))]
+        fits = [one for one in fits if not over_budget(config, one)]
+        rejected += dear[:1]
         if fits:
             chosen = first_of_the_fast(fits)
-            reasons = explain(config, hardware, chosen, fits)
+            reasons = explain(config, hardware, chosen, fits, few)
             break
     rejected = [one for one in leanest(rejected) if chosen is None or not same_cell(one, chosen)]
     notes = advice(config, model, hardware.ranks, chosen, examples)
@@ -84,6 +94,32 @@ def make_plan(
 def timed(config: TrainConfig, model: ModelSpec, hardware: Hardware, one: Chosen, tokens: int | None) -> Chosen:
     time, cost = cost_and_time(config, model, hardware, one, tokens)
     return one.model_copy(update={"time": time, "cost": cost})
+
+
+def few_examples(config: TrainConfig, model: ModelSpec, examples: int | None) -> str | None:
+    """Why full fine-tuning comes last, None where it comes first."""
+    if config.strategy.method != "auto" or examples is None or examples >= FEW_EXAMPLES or model.params < LARGE_PARAMS:
+        return None
+    few = f"{examples} examples for {model.params / 1e9:.1f} B parameters, and fewer than {FEW_EXAMPLES} overfit"
+    return f"adapters before full fine-tuning: {few}"
+
+
+def over_budget(config: TrainConfig, one: Chosen) -> Rejected | None:
+    """The two numbers where hours or price are over what the user allows; None also where they are not known."""
+    budget = config.budget
+    for needed, most, unit in ((one.time.hours, budget.hours, "hours"), (one.cost, budget.cost, "cost")):
+        if needed is not None and most is not None and needed > most:
+            cell = Layout(one.parallel, one.offload, one.dp_replicate, one.dp_shard)
+            said = f"{needed:,.1f} h" if unit == "hours" else f"a price of {needed:,.2f}"
+            return Rejected(
+                method=one.method,
+                parallel=one.parallel,
+                offload=one.offload,
+                needed_gib=None,
+                usable_gib=None,
+                reason=f"{one.method}, {spell(cell)}: {said} needed, budget.{unit} is {most:g}",
+            )
+    return None
 
 
 def first_of_the_fast(fits: list[Chosen]) -> Chosen:
@@ -133,9 +169,10 @@ def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
     )
 
 
-def candidates(config: TrainConfig, hardware: Hardware) -> list[tuple[str, Layout]]:
-    """Every (method, layout) in the order of the policy."""
+def candidates(config: TrainConfig, hardware: Hardware, last: tuple[str, ...] = ()) -> list[tuple[str, Layout]]:
+    """Every (method, layout) in the order of the policy, the methods in `last` behind the others."""
     methods = METHODS if config.strategy.method == "auto" else (config.strategy.method,)
+    methods = tuple(sorted(methods, key=lambda method: method in last))
     every = [(method, layout) for method in methods for layout in layouts(config, hardware)]
     if config.strategy.offload == "auto":  # adapters have next to no optimizer states to move
         every = [(method, layout) for method, layout in every if method == "full" or layout.offload != "optimizer"]
@@ -168,16 +205,17 @@ def whole_nodes(hardware: Hardware) -> list[int]:
     return [c for c in range(2, nodes + 1) if nodes % c == 0 and hardware.ranks_per_node > 1]
 
 
-def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[Chosen]) -> list[str]:
+def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[Chosen], few: str | None) -> list[str]:
     """Why this one, in sentences with the numbers that decided."""
     named = config.strategy.method != "auto"
+    order = "lora, qlora, full" if few else "full, lora, qlora"
     method = (
-        f"{chosen.method}: you asked for it"
-        if named
-        else f"{chosen.method}: the first that fits in the order full, lora, qlora"
+        f"{chosen.method}: you asked for it" if named else f"{chosen.method}: the first that fits in the order {order}"
     )
     memory = chosen.memory
     out = [f"{method}; {memory.process_gib:.1f} GiB needed, {memory.usable_gib:.1f} usable"]
+    out += [few] if few else []
+    out += spent(config, chosen)
     if chosen.parallel != "none":
         cut = f" {chosen.dp_replicate} x {chosen.dp_shard}" if chosen.dp_replicate > 1 and chosen.dp_shard > 1 else ""
         why = (
@@ -203,4 +241,17 @@ def explain(config: TrainConfig, hardware: Hardware, chosen: Chosen, fits: list[
     reference = config.objective.reference_for(chosen.method)
     if reference is not None:
         out.append(REFERENCES[reference])
+    return out
+
+
+def spent(config: TrainConfig, chosen: Chosen) -> list[str]:
+    """The budget beside what the run takes of it, in words; said too where that is not known."""
+    out = []
+    for name, most, needed in (
+        ("hours", config.budget.hours, chosen.time.hours),
+        ("cost", config.budget.cost, chosen.cost),
+    ):
+        if most is not None:
+            taken = "not compared, because it is not known" if needed is None else f"{needed:,.2f} planned"
+            out.append(f"budget.{name} {most:g}: {taken}")
     return out

@@ -17,7 +17,8 @@ from .planner import hardware_of
 
 
 def probe(plan: Plan) -> dict[str, Any]:
-    """{"phases": {name: {"probe_gib", "formula_gib"}}, "difference", "seconds"}. Loads torch; at most a minute on a quiet core.
+    """{"phases": {name: {"probe_gib", "formula_gib"}}, "difference", "layers", "measured_at", "seconds"}. Loads torch; at most a
+    minute on a quiet core.
 
     The difference is that of the peaks, (formula - probe) / probe, without the workspaces, which no torch operator makes. Raises
     UserError for what cannot be run so (ZeRO-3), or when torch and transformers are not installed.
@@ -34,7 +35,13 @@ def probe(plan: Plan) -> dict[str, Any]:
         for name, live in found.phases.items()
     }
     peak = max(formula[name] for name in found.phases)
-    return {"phases": phases, "difference": round(peak / found.peak_bytes - 1, 4), "seconds": round(found.seconds, 1)}
+    return {
+        "phases": phases,
+        "difference": round(peak / found.peak_bytes - 1, 4),
+        "layers": plan.model.num_layers,
+        "measured_at": list(found.measured_at),  # depths that were run: all layers, or three small numbers of them
+        "seconds": round(found.seconds, 1),
+    }
 
 
 def expected(plan: Plan) -> dict[str, int]:

@@ -244,6 +244,15 @@ class Optimization(Section):
         return self
 
 
+class Budget(Section):
+    hours: float | None = Field(
+        None, gt=0, description="the method of highest fidelity that is done by then, by the planner's own estimate"
+    )
+    cost: float | None = Field(
+        None, gt=0, description="the same for the price, in the currency of the cluster file's price_per_gpu_hour"
+    )
+
+
 class ClusterRef(Section):
     name: str = Field("local", min_length=1, description="a name in cluster_configs/ or the path of a cluster YAML")
     processes: int | None = Field(
@@ -259,6 +268,7 @@ class TrainConfig(Section):
     objective: Objective = Objective()
     strategy: StrategyChoice = StrategyChoice()
     optimization: Optimization = Optimization()
+    budget: Budget = Budget()
     evaluation: Evaluation = Evaluation()
     checkpointing: Checkpointing = Checkpointing()
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab"], ...] = Field(

@@ -1,9 +1,9 @@
 """What to do when nothing fits: the nearest thing that would, here; and the smallest cluster of the known types that would do.
 
 Nearest, in this order and with as few changes as possible: what the user fixed is left to the planner again (micro-batch,
-checkpointing, layout and offload, then the method); then shorter rows; then the largest model of the same family that fits. The
-smallest cluster is the one with the least GPU memory in all, over the shapes in cluster_configs/ and more nodes of them. Everything
-is asked of the planner itself; nothing is guessed. Left out: a model of another family.
+checkpointing, layout and offload, then the method, then the budget); then shorter rows; then the largest model of the same family
+that fits. The smallest cluster is the one with the least GPU memory in all, over the shapes in cluster_configs/ and more nodes of
+them. Everything is asked of the planner itself; nothing is guessed. Left out: a model of another family.
 """
 
 from __future__ import annotations
@@ -26,25 +26,30 @@ NOT_A_SHAPE = ("local",)
 INTER_NODE_GBPS = 25.0
 
 
-def with_way_out(plan: Plan) -> Plan:
-    """`plan` as it is when it is feasible, else with `nearest` and `smallest_cluster` filled in as far as there is any."""
+def with_way_out(plan: Plan, tokens: int | None = None) -> Plan:
+    """`plan` as it is when it is feasible, else with `nearest` and `smallest_cluster` filled in as far as there is any. `tokens` as
+    the plan was made with: a budget is compared with the hours that they take."""
     if plan.feasible:
         return plan
-    return plan.model_copy(update={"nearest": nearest(plan), "smallest_cluster": smallest_cluster(plan)})
+    return plan.model_copy(
+        update={"nearest": nearest(plan, tokens), "smallest_cluster": smallest_cluster(plan, tokens)}
+    )
 
 
-def nearest(plan: Plan) -> WayOut | None:
+def nearest(plan: Plan, tokens: int | None = None) -> WayOut | None:
     for changes in relaxations(plan.config):
-        found = _try(plan, changes, plan.model, plan.cluster)
+        found = _try(plan, changes, plan.model, plan.cluster, tokens)
         if found is not None:
             return found
-    return _smaller_model(plan)
+    return _smaller_model(plan, tokens)
 
 
 def relaxations(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Settings to change, fewest first: dotted key -> value."""
     strategy, optimization = config.strategy, config.optimization
     freed: dict[str, Any] = {}
+    limits = {"budget.hours": config.budget.hours, "budget.cost": config.budget.cost}
+    limits = {key: "null" for key, most in limits.items() if most is not None}
     for key, value in (
         ("optimization.micro_batch", optimization.micro_batch),
         ("strategy.checkpointing", strategy.checkpointing),
@@ -58,6 +63,10 @@ def relaxations(config: TrainConfig) -> Iterator[dict[str, Any]]:
             yield {key: "auto"}
             freed[key] = "auto"
             yield dict(freed)
+    if limits:
+        yield dict(limits)
+        freed |= limits
+        yield dict(freed)
     length = 2 ** ((config.data.max_length - 1).bit_length() - 1)
     while length >= SHORTEST:
         yield {"data.max_length": length}
@@ -66,10 +75,10 @@ def relaxations(config: TrainConfig) -> Iterator[dict[str, Any]]:
         length //= 2
 
 
-def smallest_cluster(plan: Plan) -> WayOut | None:
+def smallest_cluster(plan: Plan, tokens: int | None = None) -> WayOut | None:
     """The same run, nothing changed, on the shape with the least GPU memory that holds it."""
     for cluster in sorted(shapes(), key=lambda one: (_memory_gib(one), one.groups[0].nodes, one.name)):
-        found = _try(plan, {}, plan.model, cluster)
+        found = _try(plan, {}, plan.model, cluster, tokens)
         if found is not None:
             return found
     return None
@@ -101,7 +110,7 @@ def _memory_gib(cluster: Cluster) -> float:
     return sum(group.gpus * (group.gpu_memory_gib or 0.0) for group in cluster.groups)
 
 
-def _smaller_model(plan: Plan) -> WayOut | None:
+def _smaller_model(plan: Plan, tokens: int | None) -> WayOut | None:
     """The largest model of the same family in the table that this cluster holds with the user's own settings."""
     names: dict[int, str] = {}
     for name, row in table().items():
@@ -110,18 +119,18 @@ def _smaller_model(plan: Plan) -> WayOut | None:
             names.setdefault(spec.params, name)
     for params in sorted((p for p in names if p < plan.model.params), reverse=True):
         spec = load_model_spec(plan.config.model.model_copy(update={"name": names[params]}), offline=True)
-        found = _try(plan, {"model.name": names[params]}, spec, plan.cluster)
+        found = _try(plan, {"model.name": names[params]}, spec, plan.cluster, tokens)
         if found is not None:
             return found
     return None
 
 
-def _try(plan: Plan, changes: dict[str, Any], model: ModelSpec, cluster: Cluster) -> WayOut | None:
+def _try(plan: Plan, changes: dict[str, Any], model: ModelSpec, cluster: Cluster, tokens: int | None) -> WayOut | None:
     try:
         config = build_config(plan.config.model_dump(mode="json"), [f"{key}={value}" for key, value in changes.items()])
         if "strategy.method" not in changes and cluster.name != plan.cluster.name:
             config = config.model_copy(update={"cluster": config.cluster.model_copy(update={"processes": None})})
-        chosen = make_plan(config, model, cluster).chosen
+        chosen = make_plan(config, model, cluster, tokens=tokens).chosen
     except TrebuchetError:
         return None
     if chosen is None:

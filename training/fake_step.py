@@ -14,32 +14,33 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 
 from ..kernels.launch_table import TABLE
 from ..launcher.errors import UserError
 from ..launcher.model_spec import table_config
-from ..launcher.plan import Plan
+from ..launcher.plan import Chosen, Plan
 from ..strategies import fsdp2, prepare, streaming
 from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
+from .fake_depth import DEPTHS, Timeline, alike, at_depth, cut
 from .objectives import make
 from .optim import make_optimizer
-
-GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class FakeStep:
-    """Live bytes of rank 0, weights included. `phases` has the formula's names; `resident` is what lies between steps."""
+    """Live bytes of rank 0, weights included. `phases` has the formula's names; `measured_at` are the depths that were run, one
+    when it was the model's own."""
 
-    weights_bytes: int
     phases: dict[str, int]
+    measured_at: tuple[int, ...]
     seconds: float
 
     @property
@@ -47,8 +48,12 @@ class FakeStep:
         return max(self.phases.values())
 
 
-def fake_step(plan: Plan) -> FakeStep:
-    """Runs the chosen strategy's step. Raises UserError for a plan that has none, or one that cannot be run like this."""
+def fake_step(plan: Plan, *, whole: bool = False) -> FakeStep:
+    """Runs the chosen strategy's step: of a deep model whose layers are all alike at three small depths, and each moment's line is
+    followed to its own (fake_depth.py); of another, with `whole`, or where a moment is not on a line, all its layers.
+
+    Raises UserError for a plan that has no strategy, or one that cannot be run like this.
+    """
     chosen = plan.chosen
     if chosen is None:
         raise UserError(
@@ -56,9 +61,22 @@ def fake_step(plan: Plan) -> FakeStep:
         )
     refuse(plan)
     began = time.perf_counter()
-    with _world(chosen.ranks), _as_on(chosen.device):
-        weights, phases = _step(plan)
-    return FakeStep(weights_bytes=weights, phases=phases, seconds=time.perf_counter() - began)
+    config, depths = config_of(plan), DEPTHS
+    layers: int = config.get_text_config().num_hidden_layers
+    places = None
+    with _world(chosen), _as_on(chosen.device), _from_host(chosen):
+        if not whole and layers > sum(DEPTHS) and alike(config):
+            places = at_depth([_step(plan, depth).places() for depth in DEPTHS], layers)
+        if places is None:
+            depths = (layers,)
+            peaks: Mapping[Any, int] = _step(plan, layers).peaks
+        else:
+            peaks = places
+    phases: dict[str, int] = {}
+    for (what, *_), peak in peaks.items():
+        phase = "optimizer_step" if what == "step" else "forward_backward"
+        phases[phase] = max(phases.get(phase, 0), peak)
+    return FakeStep(phases=phases, measured_at=depths, seconds=time.perf_counter() - began)
 
 
 def refuse(plan: Plan) -> None:
@@ -78,14 +96,13 @@ def refuse(plan: Plan) -> None:
         raise UserError("--probe knows NF4 layers only: --set strategy.quant.type=nf4.")
 
 
-def _step(plan: Plan) -> tuple[int, dict[str, int]]:
+def _step(plan: Plan, layers: int) -> Timeline:
     chosen, config = plan.chosen, plan.config
     assert chosen is not None
-    net = build(plan)
+    net = build(plan, layers)
     tracker = StorageTracker()
     with FakeTensorMode(allow_non_fake_inputs=False), tracker, torch.device("cpu"):
         materialize(net, "cpu")
-        weights = tracker.live_bytes
         optimizer = make_optimizer(net.named_parameters(), "adamw", 1e-5, 0.0)
         trainable = [p for p in net.parameters() if p.requires_grad]
         for parameter in trainable:  # between steps the optimizer has its states
@@ -97,31 +114,39 @@ def _step(plan: Plan) -> tuple[int, dict[str, int]]:
             chosen.accumulation == 1 and chosen.parallel != "ddp" and not on_host
         ):  # else gradients are there from the beginning
             optimizer.zero_grad(set_to_none=True)
+        tracker.live_bytes -= on_host
         tracker.restart_peak()
+        timeline = Timeline(tracker)
+        timeline.watch(net, layers)
         _loss(plan, net).backward()
-        phases = {"forward_backward": tracker.peak_bytes - on_host}
-        if on_host:
-            return weights, phases
-        if config.optimization.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trainable, config.optimization.max_grad_norm)
-        tracker.restart_peak()
-        optimizer.step()
-        phases["optimizer_step"] = tracker.peak_bytes
-    return weights, phases
+        timeline.close()
+        if not on_host:
+            if config.optimization.max_grad_norm:
+                torch.nn.utils.clip_grad_norm_(trainable, config.optimization.max_grad_norm)
+            tracker.restart_peak()
+            timeline.mark("step")
+            optimizer.step()
+            timeline.close()
+    return timeline
 
 
-def build(plan: Plan) -> Any:
-    """The planned model on the meta device: quantized, adapted, patched, checkpointed, sharded; no bytes yet."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def config_of(plan: Plan) -> Any:
+    from transformers import AutoConfig
+
+    if plan.model.path:
+        return AutoConfig.from_pretrained(plan.model.path, local_files_only=True)
+    row = table_config(plan.model.name)
+    assert row is not None, "a model without a folder is one of the table"
+    return AutoConfig.for_model(**row)
+
+
+def build(plan: Plan, layers: int) -> Any:
+    """The planned model with `layers` layers on the meta device: quantized, adapted, patched, checkpointed, sharded; no bytes yet."""
+    from transformers import AutoModelForCausalLM
 
     chosen, config = plan.chosen, plan.config
     assert chosen is not None
-    if plan.model.path:
-        found: Any = AutoConfig.from_pretrained(plan.model.path, local_files_only=True)
-    else:
-        row = table_config(plan.model.name)
-        assert row is not None, "a model without a folder is one of the table"
-        found = AutoConfig.for_model(**row)
+    found = cut(config_of(plan), layers)
     with torch.device("meta"):
         net: Any = AutoModelForCausalLM.from_config(
             found, dtype=prepare.storage_dtype(chosen), attn_implementation=prepare.ATTENTION[chosen.attention]
@@ -141,8 +166,8 @@ def build(plan: Plan) -> Any:
         _cuda_dropout(net)
     if chosen.parallel == "fsdp2":
         core = net.get_base_model() if hasattr(net, "get_base_model") else net
-        resident = fsdp2.offload_policy(chosen.model_copy(update={"offload": "none"}), torch.device("cpu"))
-        fsdp2.shard(core, fsdp2.mesh_of(chosen, torch.device("cpu")), fsdp2.mixed_precision(chosen), resident)
+        policy = fsdp2.offload_policy(chosen, torch.device("cpu"))
+        fsdp2.shard(core, fsdp2.mesh_of(chosen, torch.device("cpu")), fsdp2.mixed_precision(chosen), policy)
     return net.train()
 
 
@@ -162,15 +187,15 @@ def _loss(plan: Plan, net: nn.Module) -> Tensor:
 
 
 @contextlib.contextmanager
-def _world(ranks: int) -> Iterator[None]:
-    """Rank 0 of a process group of `ranks` whose collectives exchange nothing."""
-    if ranks == 1:
+def _world(chosen: Chosen) -> Iterator[None]:
+    """Rank 0 of a process group of the planned size whose collectives exchange nothing."""
+    if chosen.ranks == 1 and chosen.parallel != "fsdp2":
         yield
         return
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=chosen.ranks)
     try:
         yield
     finally:
@@ -188,6 +213,30 @@ def _as_on(device: str) -> Iterator[None]:
         yield
     finally:
         chunks.update(before)
+
+
+@contextlib.contextmanager
+def _from_host(chosen: Chosen) -> Iterator[None]:
+    """A shard that lies in host memory is copied to the GPU before it is gathered, and stays until it has been; from one CPU tensor
+    to another there would be no copy."""
+    if chosen.offload != "params":
+        yield
+        return
+    inputs = FSDPParam.all_gather_inputs
+
+    def arrived(parameter: FSDPParam) -> list[Tensor]:
+        shard = parameter._sharded_param_data
+        parameter._sharded_param_data = shard.clone()
+        try:
+            return inputs.fget(parameter)  # type: ignore[misc]
+        finally:
+            parameter._sharded_param_data = shard
+
+    FSDPParam.all_gather_inputs = property(torch.no_grad()(arrived))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        FSDPParam.all_gather_inputs = inputs  # type: ignore[method-assign]
 
 
 class _Mask(torch.autograd.Function):

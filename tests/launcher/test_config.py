@@ -60,7 +60,7 @@ zzz: red
             "  line 4: strategy.method: must be 'auto', 'full', 'lora' or 'qlora', not 'qlra'",
             "  line 5: strategy.lora.r: must be greater than or equal to 1, not 0",
             "  line 7: optimization.learning_rate: must be 'auto' or a number, not 'fast'",
-            "  line 8: zzz: unknown key; one of: checkpointing, cluster, data, evaluation, model, objective, optimization, "
+            "  line 8: zzz: unknown key; one of: budget, checkpointing, cluster, data, evaluation, model, objective, optimization, "
             "output, strategy, sweep, tracking",
         ]
     )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from trebuchet.launcher import api
 from trebuchet.launcher.cli import main
 from trebuchet.launcher.cli_plan import probe_lines
 from trebuchet.launcher.errors import UserError
-from trebuchet.launcher.model_spec import table_config
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.probing import probe
+from trebuchet.strategies.fake_memory import StorageTracker
+from trebuchet.training.fake_depth import DEPTHS, Timeline, at_depth
+from trebuchet.training.fake_step import fake_step
 
 SHAPES = {
     "LoRA of an 8B on one GPU": ("meta-llama/Llama-3.1-8B", "rtx4090-1", ["strategy=lora"]),
@@ -28,20 +31,15 @@ def planned(name: str, cluster: str, overrides: list[str]) -> Plan:
     return api.plan({"model": name, "data": "train.jsonl"}, cluster=cluster, overrides=overrides)
 
 
-# All 80 layers take minutes. Each adds the same boundary and shards; with few the gathered head weighs most, which hides nothing.
-LAYERS_OF_THE_70B = 8
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [["strategy.checkpointing=full", "optimization.micro_batch=1"], []])
-def test_qlora_of_a_70b_with_parameters_on_the_host_of_two_ranks(tmp_path: Path, settings: list[str]) -> None:
-    sizes = {**table_config("meta-llama/Llama-3.1-70B"), "num_hidden_layers": LAYERS_OF_THE_70B}
-    (tmp_path / "config.json").write_text(json.dumps({**sizes, "architectures": ["LlamaForCausalLM"]}))
+def test_qlora_of_a_70b_with_parameters_on_the_host_of_two_ranks(settings: list[str]) -> None:
     forced = ["strategy.method=qlora", "strategy.parallel=fsdp2", "strategy.offload=params", *settings]
-    plan = planned(str(tmp_path), "rtx4090-2x24gb", forced)
+    plan = planned("meta-llama/Llama-3.1-70B", "rtx4090-2x24gb", forced)
     assert plan.chosen is not None and plan.chosen.ranks == 2
     found = probe(plan)
     assert abs(found["difference"]) <= 0.05, found
+    assert found["layers"] == 80 and found["measured_at"] == [4, 5, 6]
 
 
 @pytest.mark.slow
@@ -52,14 +50,66 @@ def test_the_formula_is_within_five_percent_of_the_probe(shape: str) -> None:
     assert not any("more than 5 %" in line for line in probe_lines(found))
 
 
-def tiny(tmp_path: Path) -> str:
+def tiny(tmp_path: Path, **changes: Any) -> str:
     sizes = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "intermediate_size": 768,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024,
-        "max_position_embeddings": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "max_position_embeddings": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16", **changes,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(sizes))
     return str(tmp_path)
+
+
+CELLS = {
+    "LoRA with dropout, copies of shards": (
+        "h100-64",
+        "{method: lora, parallel: fsdp2, dp_replicate: 8, lora: {dropout: 0.1}}",
+    ),
+    "full, FSDP2, recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: full}"),
+    "full, FSDP2, kept": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: none}"),
+    "full, DDP, some recomputed": ("a100-80gb-8", "{method: full, parallel: ddp, checkpointing: selective}"),
+    "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}"),
+    "QLoRA on one": ("rtx4090-1", "{method: qlora, checkpointing: selective}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cell", CELLS)
+def test_three_depths_say_exactly_what_all_layers_would(cell: str, tmp_path: Path) -> None:
+    cluster, strategy = CELLS[cell]
+    batch = f"optimization.global_batch_size={2 * 64 if cluster == 'h100-64' else 16}"
+    plan = planned(tiny(tmp_path, num_hidden_layers=16), cluster, [f"strategy={strategy}", batch])
+    few, all_layers = fake_step(plan), fake_step(plan, whole=True)
+    assert (few.measured_at, all_layers.measured_at) == ((4, 5, 6), (16,))
+    assert few.phases == all_layers.phases
+
+
+def test_layers_that_differ_are_all_run(tmp_path: Path) -> None:
+    """A model whose layers attend differently has no depth that stands for another."""
+    kinds = ["sliding_attention", "full_attention"] * 9
+    name = tiny(
+        tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=18, layer_types=kinds
+    )
+    found = fake_step(planned(name, "rtx4090-1", ["strategy=lora", "data.max_length=64"]))
+    assert found.measured_at == (18,)
+
+
+def test_places_that_are_not_on_a_line_are_not_followed() -> None:
+    steps = [{("forward", "first", 0, 0): 100 + 10 * depth, ("begin", "first", -1, 0): 7} for depth in DEPTHS]
+    assert at_depth(steps, 80) == {("forward", "first", 0, 0): 900, ("begin", "first", -1, 0): 7}
+    bent = [dict(step) for step in steps]
+    bent[2]["forward", "first", 0, 0] += 1
+    assert at_depth(bent, 80) is None and at_depth([steps[0], None, steps[2]], 80) is None
+    assert at_depth([steps[0], steps[1], {**steps[2], ("forward", "last", 0, 1): 1}], 80) is None
+
+
+def test_a_middle_layer_that_stands_out_is_not_followed() -> None:
+    timeline = Timeline(StorageTracker(), layers=5)
+    timeline.peaks = {("forward", layer, 0): 10 + layer for layer in range(5)}
+    places = timeline.places()
+    assert places is not None and ("forward", "first", 1, 0) in places and ("forward", "last", 1, 0) in places
+    timeline.peaks["forward", 2, 0] = 99
+    assert timeline.places() is None
 
 
 def test_fsdp2_in_the_fake_world_holds_a_share_of_the_states(tmp_path: Path) -> None:
@@ -72,8 +122,9 @@ def test_fsdp2_in_the_fake_world_holds_a_share_of_the_states(tmp_path: Path) -> 
 
 def test_a_probe_far_from_the_formula_is_said() -> None:
     phases = {"forward_backward": {"probe_gib": 10.0, "formula_gib": 9.4}}
-    far = probe_lines({"phases": phases, "difference": -0.06, "seconds": 1.0})
-    near = probe_lines({"phases": phases, "difference": -0.05, "seconds": 1.0})
+    far = probe_lines({"phases": phases, "difference": -0.06, "layers": 80, "measured_at": [4, 5, 6], "seconds": 1.0})
+    near = probe_lines({"phases": phases, "difference": -0.05, "layers": 2, "measured_at": [2], "seconds": 1.0})
+    assert "measured at 4, 5 and 6 of 80 layers" in far[1] and not any("measured" in line for line in near)
     assert "-6.0 %" in far[-1] and "more than 5 %" in far[-1] and "more than 5 %" not in near[-1]
 
 
@@ -81,7 +132,13 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     config = tmp_path / "train.yaml"
     config.write_text(f"model: {tiny(tmp_path)}\ndata: train.jsonl\ncluster: rtx4090-1\n")
     assert main(["plan", str(config), "--probe", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["probe"]) == {"phases", "difference", "seconds"}
+    assert set(json.loads(capsys.readouterr().out)["probe"]) == {
+        "phases",
+        "difference",
+        "layers",
+        "measured_at",
+        "seconds",
+    }
     assert main(["plan", str(config), "--probe"]) == 0
     assert "Probe: one step on fake tensors" in capsys.readouterr().out
 
