@@ -27,7 +27,7 @@ from trebuchet.launcher.fitting import CHECKPOINTING, fit, micro_batches
 from trebuchet.launcher.model_spec import ModelSpec, load_model_spec
 from trebuchet.launcher.planner import METHODS, hardware_of, make_plan
 from trebuchet.launcher.schema import TrainConfig
-from trebuchet.strategies.memory import MemoryRequest, estimate
+from trebuchet.strategies.memory import MemoryRequest, needs
 
 RANKS = 1024
 LAYOUTS = [Layout("fsdp2", "none", 2**i, RANKS // 2**i) for i in range(10)]
@@ -79,7 +79,7 @@ def main(wanted: int) -> None:
     model, shipped = load_model_spec(config.model), load_cluster("h100-64")
     cluster = shipped.model_copy(update={"groups": (shipped.groups[0].model_copy(update={"nodes": RANKS // 8}),)})
     hardware = hardware_of(config, cluster)
-    each = seconds(lambda: [estimate(one) for one in requests(model, hardware, wanted)])
+    each = seconds(lambda: [needs(one) for one in requests(model, hardware, wanted)])
     print(f"{wanted:,} candidates for {RANKS:,} GPUs, each asked:      {each}")
     print(
         f"{wanted:,} candidates for {RANKS:,} GPUs, all decided:     {seconds(lambda: decided(model, hardware, wanted))}"

@@ -85,18 +85,18 @@ def request(
     )
 
 
-def needs(hardware: Hardware, found: MemoryEstimate) -> tuple[float, float]:
+def needs(hardware: Hardware, peak_bytes: int, process_bytes: int, host_bytes: int) -> tuple[float, float]:
     """GiB that (one rank, one node's host memory) must hold. On a CPU everything is host memory, and there is neither a CUDA
     context nor a caching allocator: tensors and the interpreter."""
     if hardware.device == "cpu":
-        process = found.peak_allocated_bytes / GIB + CPU_PROCESS_GIB
+        process = peak_bytes / GIB + CPU_PROCESS_GIB
         return round(process, 3), round(process * hardware.ranks_per_node, 3)
-    return round(found.process_bytes / GIB, 3), round(found.host_bytes / GIB, 3)
+    return round(process_bytes / GIB, 3), round(host_bytes / GIB, 3)
 
 
 def memory(hardware: Hardware, found: MemoryEstimate) -> Memory:
     """What the formula found, as a plan says it."""
-    process, host = needs(hardware, found)
+    process, host = needs(hardware, found.peak_allocated_bytes, found.process_bytes, found.host_bytes)
     return Memory(
         peak_allocated_gib=round(found.peak_allocated_bytes / GIB, 3),
         process_gib=process,

@@ -5,7 +5,8 @@ Left out: which methods and layouts are tried, and which of those that fit is ta
 
 from __future__ import annotations
 
-from ..strategies.memory import MemoryEstimate, estimate
+from ..strategies.memory import MemoryRequest, estimate
+from ..strategies.memory import needs as weigh
 from .cells import cannot, spell
 from .costing import Hardware, Layout, accumulate, attention, memory, needs, optimizer, precision, request
 from .model_spec import ModelSpec
@@ -44,11 +45,10 @@ def fit(
     fits: list[Chosen] = []
     micros = micro_batches(config, hardware)
     for checkpointing in checkpointings(config):
-        found = largest(config, model, hardware, method, layout, checkpointing, micros)
-        if isinstance(found, MemoryEstimate):
-            process, host = needs(hardware, found)
-        else:
-            fits.append(choose(config, hardware, method, layout, checkpointing, *found))
+        base = request(config, model, hardware, method, layout, checkpointing, micros[0])
+        micro, process, host = largest(config, hardware, base, micros)
+        if process <= hardware.usable_gib and host <= hardware.host_gib:
+            fits.append(choose(config, hardware, method, layout, base.at(micro, accumulate(config, hardware, micro))))
     if fits:
         return fits
     if process > hardware.usable_gib:
@@ -59,34 +59,24 @@ def fit(
 
 
 def largest(
-    config: TrainConfig,
-    model: ModelSpec,
-    hardware: Hardware,
-    method: str,
-    layout: Layout,
-    checkpointing: str,
-    micros: list[int],
-) -> tuple[int, MemoryEstimate] | MemoryEstimate:
-    """The largest of `micros` (falling) that fits, with its memory; where none does, the memory of the smallest.
+    config: TrainConfig, hardware: Hardware, base: MemoryRequest, micros: list[int]
+) -> tuple[int, float, float]:
+    """(micro-batch, GiB of a rank, GiB of a node's host memory): the largest of `micros` (falling) that fits, or else the smallest.
 
     Memory grows with the micro-batch, every term of it, as long as gradients stay between micro-batches either way; without
     accumulation they are not there yet at the loss, so that one is asked for itself. Of the others, if the smallest is too
     large then all are, and the largest that fits is found by halving (tests: every one asked gives the same).
     """
-    base = request(config, model, hardware, method, layout, checkpointing, micros[0])
 
-    def ask(micro: int) -> MemoryEstimate:
-        return estimate(base.at(micro, accumulate(config, hardware, micro)))
+    def ask(micro: int) -> tuple[int, float, float]:
+        return micro, *needs(hardware, *weigh(base.at(micro, accumulate(config, hardware, micro))))
 
-    def fits(found: MemoryEstimate) -> bool:
-        process, host = needs(hardware, found)
-        return process <= hardware.usable_gib and host <= hardware.host_gib
+    def fits(found: tuple[int, float, float]) -> bool:
+        return found[1] <= hardware.usable_gib and found[2] <= hardware.host_gib
 
-    first = ask(micros[0])
-    if fits(first):
-        return micros[0], first
-    if len(micros) == 1:
-        return first
+    best = ask(micros[0])
+    if fits(best) or len(micros) == 1:
+        return best
     best = ask(micros[-1])
     if not fits(best):
         return best
@@ -98,7 +88,7 @@ def largest(
             low, best = middle, found
         else:
             too_large = middle
-    return micros[low], best
+    return best
 
 
 def checkpointings(config: TrainConfig) -> tuple[str, ...]:
@@ -116,15 +106,7 @@ def micro_batches(config: TrainConfig, hardware: Hardware) -> list[int]:
     return [m for m in (2**i for i in range(10, -1, -1)) if m <= most and rows % m == 0]
 
 
-def choose(
-    config: TrainConfig,
-    hardware: Hardware,
-    method: str,
-    layout: Layout,
-    checkpointing: str,
-    micro: int,
-    found: MemoryEstimate,
-) -> Chosen:
+def choose(config: TrainConfig, hardware: Hardware, method: str, layout: Layout, asked: MemoryRequest) -> Chosen:
     rate = config.optimization.learning_rate
     values = {
         "method": method,
@@ -132,16 +114,16 @@ def choose(
         "dp_replicate": layout.replicate,
         "dp_shard": layout.shard,
         "offload": layout.offload,
-        "checkpointing": checkpointing,
+        "checkpointing": asked.checkpointing,
         "optimizer": optimizer(config),
         "precision": precision(config, hardware),
         "attention": attention(config),
         "learning_rate": usual_rate(config, method) if rate == "auto" else rate,
-        "micro_batch": micro,
-        "accumulation": accumulate(config, hardware, micro),
+        "micro_batch": asked.micro_batch,
+        "accumulation": asked.grad_accum,
         "device": hardware.device,
         "gpus": hardware.ranks if hardware.device == "cuda" else 0,
-        "memory": memory(hardware, found),
+        "memory": memory(hardware, estimate(asked)),
         "time": NOT_TIMED,
         "cost": None,
     }

@@ -36,11 +36,12 @@ from .memory_request import MemoryRequest, ModelDims
 from .memory_reserved import fixed, hole_share, reserved
 from .memory_states import States, residual_width, states, trainable_width
 
-__all__ = ["MemoryEstimate", "MemoryRequest", "ModelDims", "estimate"]
+__all__ = ["MemoryEstimate", "MemoryRequest", "ModelDims", "estimate", "needs"]
 
 GIB = 2**30
 # Bytes of one moment of a pass beside the resident ones, by component.
 Moment = tuple[int, int, int, int]
+PHASES = ("load", "forward_backward", "optimizer_step", "checkpoint_save")
 PARTS = ("gradients", "gathered", "activations", "logits")
 NOTHING: Moment = (0, 0, 0, 0)
 
@@ -80,13 +81,43 @@ class MemoryEstimate:
 
 def estimate(request: MemoryRequest) -> MemoryEstimate:
     """Peak memory of one GPU and of one node for `request`. Pure; some tens of microseconds (benchmarks/planner.py)."""
-    s, a = states(request), activations(request)
+    s, a, phases, worst, needed = _weigh(request)
+    peak = max(phases)
+    at_peak = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
+    if peak == phases[0]:
+        at_peak |= {"optimizer": 0, "buffers": s.buffers + s.staging}
+    elif peak == phases[1]:
+        at_peak |= zip(PARTS, worst, strict=True)
+    elif peak == phases[2]:
+        at_peak |= {"gradients": s.gradients, "step_temporary": s.step_temporary}
+    else:
+        at_peak["gathered"] = s.block
+    components = {name: value for name, value in at_peak.items() if value}
+    return MemoryEstimate(
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=reserved(request, s, a, peak),
+        process_bytes=needed,
+        host_bytes=_host(request, s),
+        phases=dict(zip(PHASES, phases, strict=True)),
+        components={**components, "holes_and_context": needed - peak},
+    )
+
+
+def needs(request: MemoryRequest) -> tuple[int, int, int]:
+    """(peak_allocated_bytes, process_bytes, host_bytes) of `estimate`, for who weighs thousands and shows a few."""
+    s, _, phases, _, needed = _weigh(request)
+    return max(phases), needed, _host(request, s)
+
+
+def _weigh(r: MemoryRequest) -> tuple[States, Activations, tuple[int, int, int, int], Moment, int]:
+    """What is there, the live bytes of each of PHASES, the worst moment of forward and backward, the bytes of the process."""
+    s, a = states(r), activations(r)
     resident = s.weights + s.adapters + s.optimizer + s.buffers
-    share = hole_share(request)
+    share = hole_share(r)
     loading, stepping = s.weights + s.adapters + s.buffers + s.staging, resident + s.gradients + s.step_temporary
     saving = resident + s.block
     passing, worst, needed = 0, NOTHING, float(max(loading, stepping, saving))
-    for moment in _passes(request, s, a):
+    for moment in _passes(r, s, a):
         gradients, gathered, active, logits = moment
         live = resident + gradients + gathered + active + logits
         if live > passing:
@@ -94,33 +125,13 @@ def estimate(request: MemoryRequest) -> MemoryEstimate:
         holes = live + share * (active + logits)
         if holes > needed:
             needed = holes
-    peak = max(loading, passing, stepping, saving)
-    process = int(needed) + fixed(request) + _pools(s)
-    at_peak = {"weights": s.weights, "adapters": s.adapters, "optimizer": s.optimizer, "buffers": s.buffers}
-    if peak == loading:
-        at_peak |= {"optimizer": 0, "buffers": s.buffers + s.staging}
-    elif peak == passing:
-        at_peak |= zip(PARTS, worst, strict=True)
-    elif peak == stepping:
-        at_peak |= {"gradients": s.gradients, "step_temporary": s.step_temporary}
-    else:
-        at_peak["gathered"] = s.block
-    components = {name: value for name, value in at_peak.items() if value}
-    components["holes_and_context"] = process - peak
-    return MemoryEstimate(
-        peak_allocated_bytes=peak,
-        peak_reserved_bytes=reserved(request, s, a, peak),
-        process_bytes=process,
-        host_bytes=_host(request, s),
-        phases={"load": loading, "forward_backward": passing, "optimizer_step": stepping, "checkpoint_save": saving},
-        components=components,
-    )
+    return s, a, (loading, passing, stepping, saving), worst, int(needed) + fixed(r) + _pools(s)
 
 
 def _passes(r: MemoryRequest, s: States, a: Activations) -> list[Moment]:
     """What is alive beside the resident bytes at each moment of forward and backward that can be the peak."""
     gathered = s.root + s.block
-    one = s.block // C["fsdp2_blocks_gathered"] if r.parallel == "fsdp2" else s.block
+    one = s.one_block
     zero = r.parallel in ("zero2", "zero3")
     alone = r.parallel in ("none", "ddp")
     buckets = r.parallel == "ddp" and r.gpus > 1 and r.kernels == "trebuchet"  # gradients live in them for good
@@ -168,7 +179,7 @@ def _pools(s: States) -> int:
     another, so the stream that gathers keeps room for its largest unit, and so does the one that reduces."""
     if not s.reduced_block:
         return 0
-    return max(0, s.head - s.block // C["fsdp2_blocks_gathered"]) + max(0, s.reduced_root - s.reduced_block)
+    return max(0, s.head - s.one_block) + max(0, s.reduced_root - s.reduced_block)
 
 
 def _reductions(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[Moment]:

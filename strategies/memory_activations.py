@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .memory_constants import CONSTANTS as C
+from .memory_experts import grouped
 from .memory_loss import loss_bytes
 from .memory_request import MemoryRequest, once
 from .memory_states import compute_width, hidden_width, residual_width
@@ -95,11 +96,14 @@ def _per_token(r: MemoryRequest) -> PerToken:
     m, e = r.model, hidden_width(r)
     h, f, k = m.hidden_size, m.intermediate_size, m.active_experts
     attention = _attention(r) + _norms(r)
+    held = _int8_inputs(r)
+    again = held + (_selective(r) if r.checkpointing == "selective" else 0)
+    if m.experts > 1 and m.fused_experts:
+        return PerToken(*grouped(r, attention), checkpointed=again)
     product = f * e if _keeps_input(r, "down") else 0
     down_copies = _adapter_copies(r, ("down",))
     inputs = _adapter_copies(r, ("gate", "up")) + down_copies
     mlp = k * ((2 if _fused_swiglu(r) else 3) * f * e + product + inputs) + _stack_copies(r) + _fused_inputs(r)
-    held = _int8_inputs(r)
     mlp += held
     share = k / m.experts
     wide = residual_width(r)
@@ -120,7 +124,7 @@ def _per_token(r: MemoryRequest) -> PerToken:
         mlp=max(during_product, during_down) + ends,
         attention=during_attention + ends,
         end=after_product + ends,
-        checkpointed=held + (_selective(r) if r.checkpointing == "selective" else 0),
+        checkpointed=again,
     )
 
 

@@ -232,10 +232,9 @@ class MemoryRequest:
     def at(self, micro_batch: int, grad_accum: int) -> MemoryRequest:
         """The same run with another micro-batch and accumulation. What does not depend on them (`once`) is not worked out again;
         the two numbers are the planner's own and not checked."""
-        other = object.__new__(MemoryRequest)
-        other.__dict__.update(self.__dict__, known=self.known, micro_batch=micro_batch, grad_accum=grad_accum)
-        other.__dict__.pop("rows", None)
-        other.__dict__.pop("tokens", None)
+        other, rows = object.__new__(MemoryRequest), micro_batch * self.rows // self.micro_batch
+        numbers = {"micro_batch": micro_batch, "grad_accum": grad_accum, "rows": rows, "tokens": rows * self.seq_len}
+        other.__dict__.update(self.__dict__, known=self.known, **numbers)
         return other
 
     @classmethod

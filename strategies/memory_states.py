@@ -24,9 +24,9 @@ class States(NamedTuple):
 
     `weights` base or full model; `adapters` their parameters; `gradients` of everything that trains, as kept between
     backward and step; `optimizer` moments and master copies; `step_temporary` lives only in the optimizer step; `root`, `head`
-    and `block` are gathered copies; `casts` 16-bit copies that autocast makes of whole fp32 weights; `head_gradient` is
-    the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix whose backward
-    runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2
+    and `block` are gathered copies (`one_block` of it is one); `casts` 16-bit copies that autocast makes of whole fp32
+    weights; `head_gradient` is the unsharded gradient of embedding and head inside backward, `block_gradient` that of the matrix
+    whose backward runs, `block_gradients` those of one block before they are reduced; `reduced_block` and `reduced_root` what FSDP2
     sends to be reduced, in fp32, for a block and for the root unit; `buffers` fixed communication buffers and
     workspaces; `staging` one matrix on its way in; `host` what offload moves to the CPU. `trainable` counts elements of
     the whole model.
@@ -40,6 +40,7 @@ class States(NamedTuple):
     root: int
     head: int
     block: int
+    one_block: int
     casts: int
     head_gradient: int
     block_gradient: int
@@ -137,10 +138,11 @@ def states(r: MemoryRequest) -> States:
     zero = r.parallel in ("zero2", "zero3")
     width, compute = trainable_width(r), compute_width(r)
     adapters = adapter_params(r)
-    trainable = adapters if r.adapters else m.total_params
+    trainable, pad = adapters if r.adapters else m.total_params, padding(r, n)
     weights = _weights(r, n)
-    gradients = trainable * width // (r.shards if zero else n)
-    optimizer, temporary = _optimizer(r, trainable, n)
+    held = trainable + (0 if r.adapters else m.num_layers * pad)
+    gradients = held * width // (r.shards if zero else n)
+    optimizer, temporary = _optimizer(r, held, n)
     adapter_bytes, host = adapters * width // n, 0
     if r.offload != "none":
         host, optimizer, temporary = optimizer, 0, 0
@@ -155,6 +157,7 @@ def states(r: MemoryRequest) -> States:
     whole_gradients = compute if n > 1 or zero else width
     autocast = residual_width(r) > hidden_width(r)
     fsdp2 = r.parallel == "fsdp2" and n > 1 and not r.adapters
+    one = m.hidden_size * m.intermediate_size
     return States(
         weights=weights,
         adapters=adapter_bytes,
@@ -164,17 +167,28 @@ def states(r: MemoryRequest) -> States:
         root=0 if apart else root,
         head=head,
         block=block,
+        one_block=block // blocks_gathered(r, n),
         casts=_cast_params(r) * compute if autocast else 0,
         head_gradient=0 if r.adapters else m.embedding_params * whole_gradients,
         block_gradients=0 if r.adapters else m.block_params * whole_gradients,
-        reduced_block=4 * m.block_params if fsdp2 else 0,
+        reduced_block=4 * (m.block_params + pad) if fsdp2 else 0,
         reduced_root=4 * m.embedding_params if fsdp2 else 0,
-        block_gradient=0 if r.adapters else m.hidden_size * m.intermediate_size * whole_gradients,
+        block_gradient=0 if r.adapters else (m.experts if m.fused_experts else 1) * one * whole_gradients,
         buffers=_buffers(r),
         staging=m.hidden_size * max(m.intermediate_size, m.vocab_size) * compute if r.adapters else 0,
         trainable=trainable,
         host=host,
     )
+
+
+def padding(r: MemoryRequest, n: int) -> int:
+    """Elements that FSDP2 adds to one block's three-dimensional experts, over all ranks: it cuts them by expert, and the rank that holds
+    most has ceil(experts / n) of them. With more ranks than experts some hold none and the gathered block is as large as if all did."""
+    m = r.model
+    if r.parallel != "fsdp2" or not m.fused_experts or m.experts == 1:
+        return 0
+    each = 3 * m.hidden_size * m.intermediate_size
+    return (-(-m.experts // n) * n - m.experts) * each
 
 
 def _cast_params(r: MemoryRequest) -> int:
@@ -191,12 +205,13 @@ def _weights(r: MemoryRequest, n: int) -> int:
     """Bytes of the base or full model, and of a frozen reference where the objective needs one."""
     m = r.model
     if not r.adapters:
-        reference = m.total_params * compute_width(r) if r.needs_reference else 0
-        return (m.total_params * trainable_width(r) + reference) // n
+        total = m.total_params + m.num_layers * padding(r, n)
+        reference = total * compute_width(r) if r.needs_reference else 0
+        return (total * trainable_width(r) + reference) // n
     cut, whole = base_linear_width(r)
     copies = 2 if r.needs_reference else 1
     linear = m.num_layers * m.block_quantized_params
-    other = m.total_params - linear
+    other = m.total_params - linear + m.num_layers * padding(r, n)
     litgpt = r.method == "qlora" and r.kernels == "chunked-ce" and r.parallel == "none"
     head = m.head_params if litgpt else 0  # LitGPT's 4-bit plug-in replaces the head too
     return int(copies * ((linear + head) * (cut / n + whole) + (other - head) * other_width(r) / n))
@@ -233,8 +248,15 @@ def _gathered(r: MemoryRequest, n: int) -> tuple[int, int]:
     if r.parallel == "zero3":
         live = min(m.total_params, C["zero3_max_live_elements"]) + C["zero3_prefetch_elements"]
         return root, int(live * width)
-    wide = m.block_linear_params - m.block_quantized_params
-    return root, int(m.block_quantized_params * width + wide * compute_width(r)) * C[f"{r.parallel}_blocks_gathered"]
+    wide = m.block_linear_params - m.block_quantized_params + padding(r, n)
+    return root, int(m.block_quantized_params * width + wide * compute_width(r)) * blocks_gathered(r, n)
+
+
+def blocks_gathered(r: MemoryRequest, n: int) -> int:
+    """Whole blocks at one time. On one GPU FSDP2 has nothing to gather ahead: weights from the host come when they are needed."""
+    if r.parallel not in ("fsdp1", "fsdp2") or n == 1:
+        return 1
+    return int(C[f"{r.parallel}_blocks_gathered"])
 
 
 def _buffers(r: MemoryRequest) -> int:

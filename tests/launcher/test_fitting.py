@@ -15,7 +15,7 @@ from trebuchet.launcher.fitting import checkpointings, fit, micro_batches
 from trebuchet.launcher.model_spec import load_model_spec
 from trebuchet.launcher.plan import Memory, Rejected
 from trebuchet.launcher.planner import METHODS, candidates, hardware_of
-from trebuchet.strategies.memory import MemoryEstimate, MemoryRequest, estimate
+from trebuchet.strategies.memory import MemoryRequest, estimate, needs
 
 from .test_planner import CPU, MODELS, gpus
 
@@ -81,11 +81,11 @@ def test_few_are_asked(gib: float, most: int, monkeypatch: pytest.MonkeyPatch) -
     assert len(micro_batches(config, hardware)) == 11
     calls: list[int] = []
 
-    def counted(r: MemoryRequest) -> MemoryEstimate:
+    def counted(r: MemoryRequest) -> tuple[int, int, int]:
         calls.append(r.micro_batch)
-        return estimate(r)
+        return needs(r)
 
-    monkeypatch.setattr("trebuchet.launcher.fitting.estimate", counted)
+    monkeypatch.setattr("trebuchet.launcher.fitting.weigh", counted)
     for method in METHODS:
         calls.clear()
         fit(config, model, hardware, method, Layout("none", "none", 1, 1))

@@ -11,6 +11,7 @@ from trebuchet.launcher import api
 from trebuchet.launcher.cli import main
 from trebuchet.launcher.cli_plan import probe_lines
 from trebuchet.launcher.errors import UserError
+from trebuchet.launcher.model_spec import table_config
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.probing import probe
 from trebuchet.strategies.fake_memory import StorageTracker
@@ -62,36 +63,46 @@ def tiny(tmp_path: Path, **changes: Any) -> str:
 
 CELLS = {
     "LoRA with dropout, copies of shards": (
-        "h100-64",
-        "{method: lora, parallel: fsdp2, dp_replicate: 8, lora: {dropout: 0.1}}",
+        "h100-64", "{method: lora, parallel: fsdp2, dp_replicate: 8, lora: {dropout: 0.1}}", 64
     ),
-    "full, FSDP2, recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: full}"),
-    "full, FSDP2, kept": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: none}"),
-    "full, DDP, some recomputed": ("a100-80gb-8", "{method: full, parallel: ddp, checkpointing: selective}"),
-    "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}"),
-    "QLoRA on one": ("rtx4090-1", "{method: qlora, checkpointing: selective}"),
-}
+    "full, FSDP2, recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: full}", 16),
+    "full, DDP, some recomputed": ("a100-80gb-8", "{method: full, parallel: ddp, checkpointing: selective}", 16),
+    "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}", 16),
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_three_depths_say_exactly_what_all_layers_would(cell: str, tmp_path: Path) -> None:
-    cluster, strategy = CELLS[cell]
-    batch = f"optimization.global_batch_size={2 * 64 if cluster == 'h100-64' else 16}"
-    plan = planned(tiny(tmp_path, num_hidden_layers=16), cluster, [f"strategy={strategy}", batch])
+    cluster, strategy, rows = CELLS[cell]
+    overrides = [f"strategy={strategy}", f"optimization.global_batch_size={rows}"]
+    plan = planned(tiny(tmp_path, num_hidden_layers=16), cluster, overrides)
     few, all_layers = fake_step(plan), fake_step(plan, whole=True)
     assert (few.measured_at, all_layers.measured_at) == ((4, 5, 6), (16,))
     assert few.phases == all_layers.phases
 
 
+@pytest.mark.slow
 def test_layers_that_differ_are_all_run(tmp_path: Path) -> None:
     """A model whose layers attend differently has no depth that stands for another."""
-    kinds = ["sliding_attention", "full_attention"] * 9
-    name = tiny(
-        tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=18, layer_types=kinds
-    )
+    window = {
+        "use_sliding_window": True,
+        "sliding_window": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 8,
+    }
+    name = tiny(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=16, **window)
     found = fake_step(planned(name, "rtx4090-1", ["strategy=lora", "data.max_length=64"]))
-    assert found.measured_at == (18,)
+    assert found.measured_at == (16,)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_parameters_on_the_host_of_one_gpu(method: str, tmp_path: Path) -> None:
+    """Nothing is gathered from others; each unit still comes from the host, and its largest tensor is there twice for a moment."""
+    name = tiny(tmp_path, **{**table_config("meta-llama/Llama-3.1-8B"), "num_hidden_layers": 3})
+    strategy = f"strategy={{method: {method}, parallel: fsdp2, offload: params, checkpointing: full}}"
+    found = probe(planned(name, "a100-80gb-1", [strategy, "optimization.micro_batch=1"]))
+    assert abs(found["difference"]) <= 0.05, found
 
 
 def test_places_that_are_not_on_a_line_are_not_followed() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trebuchet.strategies.memory import GIB, MemoryRequest, ModelDims, estimate
+from trebuchet.strategies.memory import GIB, MemoryRequest, ModelDims, estimate, needs
 from trebuchet.strategies.memory_constants import TABLE
 from trebuchet.strategies.memory_request import ALLOWED, LINEARS, SHARDED
 from trebuchet.strategies.memory_states import adapter_params, states
@@ -234,6 +234,7 @@ def requests(draw: Any) -> MemoryRequest:
 def test_the_peak_is_the_highest_phase_and_nothing_is_negative(r: MemoryRequest) -> None:
     found = estimate(r)
     assert found.peak_allocated_bytes == max(found.phases.values())
+    assert needs(r) == (found.peak_allocated_bytes, found.process_bytes, found.host_bytes)
     assert found.peak_reserved_bytes >= found.peak_allocated_bytes
     assert found.process_bytes > found.peak_allocated_bytes
     assert found.host_bytes > 0
