@@ -244,7 +244,7 @@ class Optimization(Section):
         return self
 
 
-class Budget(Section):
+class RunBudget(Section):
     hours: float | None = Field(
         None, gt=0, description="the method of highest fidelity that is done by then, by the planner's own estimate"
     )
@@ -268,7 +268,7 @@ class TrainConfig(Section):
     objective: Objective = Objective()
     strategy: StrategyChoice = StrategyChoice()
     optimization: Optimization = Optimization()
-    budget: Budget = Budget()
+    budget: RunBudget = RunBudget()
     evaluation: Evaluation = Evaluation()
     checkpointing: Checkpointing = Checkpointing()
     tracking: tuple[Literal["tensorboard", "wandb", "mlflow", "comet_ml", "trackio", "swanlab"], ...] = Field(
