@@ -5,6 +5,8 @@ Exact numbers come from tokenizing (`training/data`); these cost milliseconds an
 
 from __future__ import annotations
 
+import csv
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from .schema import Source, TrainConfig
 # SmolLM2's tokenizer on English chat text (measured); code and other languages have fewer.
 BYTES_PER_TOKEN = 4.5
 LARGEST_COUNTED = 2**28  # bytes of a file whose lines are counted
+LARGEST_PARSED = 2**24  # bytes of a file that is read whole for its rows; larger ones are not few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,8 @@ class DataSize:
 
 
 def data_size(config: TrainConfig) -> DataSize:
-    """Lines and bytes of local .jsonl files, bytes of other local text files; Hub ids, folders and Parquet say nothing."""
+    """Lines and bytes of local .jsonl files, rows of small .json and .csv files, bytes of large ones; Hub ids, folders and Parquet say
+    nothing."""
     rows = [_rows(source) for source in config.data.train]
     tokens = [_tokens(source) for source in config.data.train]
     return DataSize(examples=_sum(rows), tokens=_sum(tokens))
@@ -37,10 +41,26 @@ def _sum(values: list[int | None]) -> int | None:
 
 def _rows(source: Source) -> int | None:
     file = Path(source.path).expanduser()
-    if file.suffix != ".jsonl" or not file.is_file() or file.stat().st_size > LARGEST_COUNTED:
+    largest = {".jsonl": LARGEST_COUNTED, ".json": LARGEST_PARSED, ".csv": LARGEST_PARSED}.get(file.suffix)
+    if largest is None or not file.is_file() or file.stat().st_size > largest:
         return None
-    with file.open("rb") as lines:
-        return round(sum(1 for line in lines if line.strip()) * source.weight)
+    if file.suffix == ".jsonl":
+        with file.open("rb") as lines:
+            return round(sum(1 for line in lines if line.strip()) * source.weight)
+    found = _parsed(file)
+    return None if found is None else round(found * source.weight)
+
+
+def _parsed(file: Path) -> int | None:
+    """Entries of a JSON list, records of a CSV file below its header; None for what reads otherwise, which training will refuse."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".csv":
+            return max(0, sum(1 for row in csv.reader(text.splitlines(keepends=True)) if row) - 1)
+        found = json.loads(text)
+        return len(found) if isinstance(found, list) else None
+    except (ValueError, csv.Error):
+        return None
 
 
 def _tokens(source: Source) -> int | None:

@@ -11,6 +11,7 @@ from trebuchet.launcher import api
 from trebuchet.launcher.cli import main
 from trebuchet.launcher.cluster import load_cluster
 from trebuchet.launcher.config import build_config
+from trebuchet.launcher.data_size import data_size
 from trebuchet.launcher.model_spec import load_model_spec
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.plan_text import render
@@ -41,6 +42,23 @@ def test_few_examples_of_a_large_model_go_to_adapters(
     found = plan(name, "a100-80gb-8", examples, strategy=strategy)
     assert found.chosen is not None and found.chosen.method == method
     assert any("499 examples for 8.0 B parameters" in reason for reason in found.reasons) == (examples == 499)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": "y"}\n', 2),
+        ("a.json", '[{"text": "x"}, {"text": "y"}, {"text": "z"}]', 3),
+        ("a.csv", 'prompt,completion\na,"two\nlines"\nb,c\n', 2),
+        ("a.json", '{"rows": 3}', None),
+        ("a.json", "[", None),
+        ("a.parquet", "PAR1", None),
+    ],
+)
+def test_rows_are_counted_where_that_is_cheap(name: str, text: str, rows: int | None, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    config = build_config({"model": EIGHT_B, "data": {"train": {"path": str(tmp_path / name), "weight": 1.0}}})
+    assert data_size(config).examples == rows
 
 
 def test_few_examples_put_full_last_and_do_not_rule_it_out() -> None:
