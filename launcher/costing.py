@@ -20,6 +20,8 @@ from .schema import TrainConfig
 
 # Python, torch and transformers resident before the first tensor (measured: 0.55 GiB with torch 2.13, CPU build).
 CPU_PROCESS_GIB = 0.6
+# Families whose routers cast their weights back to the dtype of the hidden states (read in transformers 5.23); others stay in fp32.
+ROUTING_16BIT = ("qwen2_moe", "qwen3_moe", "olmoe")
 
 
 @dataclass(frozen=True)
@@ -188,12 +190,12 @@ def targets(config: TrainConfig) -> tuple[str, ...]:
 
 def dims(model: ModelSpec) -> ModelDims:
     """The sizes that the formulas read. One object per model: it keeps the counts that thousands of candidates share."""
-    return _dims(*_sizes(model), model.expert_params > 0)
+    return _dims(*_sizes(model), model.expert_params > 0, model.model_type in ROUTING_16BIT)
 
 
 @lru_cache(maxsize=64)
 def _dims(*sizes: Any) -> ModelDims:
-    return ModelDims(**dict(zip((*_SIZES, "fused_experts"), sizes, strict=True)))
+    return ModelDims(**dict(zip((*_SIZES, "fused_experts", "routing_16bit"), sizes, strict=True)))
 
 
 _SIZES = (

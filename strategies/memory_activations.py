@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .memory_constants import CONSTANTS as C
-from .memory_experts import grouped
+from .memory_experts import folded, grouped
 from .memory_loss import loss_bytes
 from .memory_request import MemoryRequest, once
 from .memory_states import compute_width, hidden_width, residual_width
@@ -68,9 +68,10 @@ def activations(r: MemoryRequest) -> Activations:
     layers, t, token = r.model.num_layers, r.tokens, _per_token(r)
     boundary = r.model.hidden_size * residual_width(r) * t
     scores_kept, scores_peak = _scores(r)
-    block = token.kept * t + scores_kept
-    worst = max(token.mlp * t + scores_kept, token.attention * t + scores_peak)
-    ended = token.end * t + scores_kept + _weight_copy(r)
+    experts, experts_end = folded(r)
+    block = token.kept * t + scores_kept + experts
+    worst = max(token.mlp * t + scores_kept + experts, token.attention * t + scores_peak)
+    ended = token.end * t + scores_kept + _weight_copy(r) + experts_end
     loss, held_logits = loss_bytes(r)
     if r.checkpointing == "none":
         saved = again = block

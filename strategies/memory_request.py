@@ -38,7 +38,8 @@ class ModelDims:
     """Dimensions of a decoder-only transformer with a gated MLP, as in a Hugging Face `config.json`.
 
     `fused_experts`: the experts are three-dimensional tensors, as in transformers 5, which bitsandbytes leaves in 16 bits (seen with
-    Mixtral and Qwen3-MoE, transformers 5.23, bitsandbytes 0.50).
+    Mixtral and Qwen3-MoE, transformers 5.23, bitsandbytes 0.50). `routing_16bit`: the weights of their outputs are cast back to the
+    dtype of the hidden states, as Qwen's are and Mixtral's are not.
     `params` is the exact total if it is known; otherwise it is counted from the dimensions (two norm vectors a block
     and one at the end; biases where the flags say so).
     """
@@ -57,6 +58,7 @@ class ModelDims:
     mlp_bias: bool = False
     params: int | None = None
     fused_experts: bool = False
+    routing_16bit: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:

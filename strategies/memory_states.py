@@ -81,6 +81,10 @@ def adapter_params(r: MemoryRequest) -> int:
     for target in r.lora_targets or ():
         copies = 1 if target == "lm_head" else m.num_layers * (m.experts if target in ("gate", "up", "down") else 1)
         total += copies * sum(m.linear_shapes[target])
+        if (
+            m.fused_experts and m.experts > 1 and target in ("gate", "up")
+        ):  # one tensor of both, which each rank reaches whole
+            total += copies * m.intermediate_size
     return total * (r.lora_r or 0) if r.adapters else 0
 
 

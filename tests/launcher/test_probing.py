@@ -61,6 +61,31 @@ def tiny(tmp_path: Path, **changes: Any) -> str:
     return str(tmp_path)
 
 
+EXPERTS = {
+    "full Mixtral on as many ranks as experts": (
+        "mistralai/Mixtral-8x7B-v0.1",
+        "h100-8",
+        "{method: full, parallel: fsdp2}",
+    ),
+    "LoRA of a Mixtral, experts and all": (
+        "mistralai/Mixtral-8x7B-v0.1",
+        "a100-80gb-1",
+        "{method: lora, checkpointing: full}",
+    ),
+    "LoRA of a Qwen with 128 experts": ("Qwen/Qwen3-30B-A3B", "a100-80gb-1", "{method: lora, checkpointing: none}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", EXPERTS)
+def test_experts_run_in_the_fake_world_and_the_formula_knows_them(shape: str, tmp_path: Path) -> None:
+    """Three blocks of them: grouped products, and adapters that are folded into a copy of the experts."""
+    model, cluster, strategy = EXPERTS[shape]
+    name = tiny(tmp_path, **{**(table_config(model) or {}), "num_hidden_layers": 3})
+    found = probe(planned(name, cluster, [f"strategy={strategy}", "optimization.micro_batch=2"]))
+    assert abs(found["difference"]) <= 0.05, found
+
+
 CELLS = {
     "LoRA with dropout, copies of shards": (
         "h100-64", "{method: lora, parallel: fsdp2, dp_replicate: 8, lora: {dropout: 0.1}}", 64
@@ -99,7 +124,7 @@ def test_layers_that_differ_are_all_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_parameters_on_the_host_of_one_gpu(method: str, tmp_path: Path) -> None:
     """Nothing is gathered from others; each unit still comes from the host, and its largest tensor is there twice for a moment."""
-    name = tiny(tmp_path, **{**table_config("meta-llama/Llama-3.1-8B"), "num_hidden_layers": 3})
+    name = tiny(tmp_path, **{**(table_config("meta-llama/Llama-3.1-8B") or {}), "num_hidden_layers": 3})
     strategy = f"strategy={{method: {method}, parallel: fsdp2, offload: params, checkpointing: full}}"
     found = probe(planned(name, "a100-80gb-1", [strategy, "optimization.micro_batch=1"]))
     assert abs(found["difference"]) <= 0.05, found
