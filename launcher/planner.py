@@ -171,8 +171,8 @@ def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
 
 def candidates(config: TrainConfig, hardware: Hardware, last: tuple[str, ...] = ()) -> list[tuple[str, Layout]]:
     """Every (method, layout) in the order of the policy, the methods in `last` behind the others."""
-    methods = METHODS if config.strategy.method == "auto" else (config.strategy.method,)
-    methods = tuple(sorted(methods, key=lambda method: method in last))
+    named: tuple[str, ...] = METHODS if config.strategy.method == "auto" else (config.strategy.method,)
+    methods = sorted(named, key=lambda method: method in last)
     every = [(method, layout) for method in methods for layout in layouts(config, hardware)]
     if config.strategy.offload == "auto":  # adapters have next to no optimizer states to move
         every = [(method, layout) for method, layout in every if method == "full" or layout.offload != "optimizer"]

@@ -48,8 +48,8 @@ def relaxations(config: TrainConfig) -> Iterator[dict[str, Any]]:
     """Settings to change, fewest first: dotted key -> value."""
     strategy, optimization = config.strategy, config.optimization
     freed: dict[str, Any] = {}
-    limits = {"budget.hours": config.budget.hours, "budget.cost": config.budget.cost}
-    limits = {key: "null" for key, most in limits.items() if most is not None}
+    budget = {"budget.hours": config.budget.hours, "budget.cost": config.budget.cost}
+    limits = {key: "null" for key, most in budget.items() if most is not None}
     for key, value in (
         ("optimization.micro_batch", optimization.micro_batch),
         ("strategy.checkpointing", strategy.checkpointing),

@@ -132,6 +132,9 @@ def _passes(r: MemoryRequest, s: States, a: Activations) -> list[Moment]:
     """What is alive beside the resident bytes at each moment of forward and backward that can be the peak."""
     gathered = s.root + s.block
     one = s.one_block
+    ahead = (
+        r.shards > 1 or r.parallel != "fsdp2"
+    )  # one GPU gathers nothing before it is needed, and keeps nothing that has been used
     zero = r.parallel in ("zero2", "zero3")
     alone = r.parallel in ("none", "ddp")
     buckets = r.parallel == "ddp" and r.gpus > 1 and r.kernels == "trebuchet"  # gradients live in them for good
@@ -139,20 +142,20 @@ def _passes(r: MemoryRequest, s: States, a: Activations) -> list[Moment]:
     head = 0 if s.head else s.head_gradient
     at_last, held, kept = early + head, a.held_logits, a.kept
     around_last = gathered + (s.casts if r.checkpointing == "none" else 0)
-    around_first = s.root + one + s.head  # FSDP2 gathers the embedding ahead, which is of the size of the head
+    around_first = s.root + one + s.head * ahead  # FSDP2 gathers the embedding ahead, which is of the size of the head
     before_first = kept + a.retained if a.retained else a.kept_last
     unborn = s.block_gradients - s.block_gradient if alone and not early else 0
     whole = s.gradients + s.reduced_block
     # The block's backward at its worst, and at the end of its MLP's, with the gradients of the block's weights.
     moments = [
-        (early, s.root + s.casts + (s.head + one if s.head else 0), kept, a.loss),
+        (early, s.root + s.casts + (s.head + one * ahead if s.head else 0), kept, a.loss),
         (at_last + s.block_gradient, around_last, kept + a.working, held),
         (at_last + s.block_gradients, around_last, kept + a.ending, held),
         (whole - unborn, around_first, before_first + a.working, held),
         (whole + (s.block_gradients if s.reduced_block else 0), around_first, before_first + a.ending, held),
     ]
     if s.head:
-        moments += _head_arrives(r, s, a, early, one)
+        moments += _head_arrives(r, s, a, early, one * ahead)
     if s.reduced_root:
         moments += _reductions(r, s, a, early, one)
     elif alone and not r.adapters and (early or not r.model.head_params):
@@ -165,12 +168,12 @@ def _passes(r: MemoryRequest, s: States, a: Activations) -> list[Moment]:
 def _head_arrives(r: MemoryRequest, s: States, a: Activations, early: int, one: int) -> list[Moment]:
     """Moments of FSDP2 with a head that is a unit of its own. The buffer of its all-gather and the weight copied out of it are both
     there when it arrives, beside the last block's buffer (torch 2.13, FSDPParamGroup.wait_for_unshard), the last hidden state and
-    its norm; and they stay through its forward, in which this project's loss forms its gradient when the head is frozen."""
+    its norm; and between ranks they stay through its forward, in which this project's loss forms its gradient when the head is frozen."""
     hidden = 2 * r.model.hidden_size * residual_width(r) * r.tokens
     gathered = s.root + 2 * s.head
     moments = [(early, gathered + one, a.kept + hidden, 0)]
     if r.kernels == "trebuchet" and r.adapters:
-        moments.append((early, gathered, a.kept, a.loss))
+        moments.append((early, gathered if r.shards > 1 else s.root + s.head, a.kept, a.loss))
     return moments
 
 

@@ -38,12 +38,15 @@ def grouped(r: MemoryRequest, attention: float) -> tuple[float, float, float, fl
 
 @once
 def folded(r: MemoryRequest) -> tuple[int, int]:
-    """Bytes of one block's experts with their adapters folded in: kept for backward, and beside the gradients at its end."""
+    """Bytes of one block's experts that are there once more: kept for backward, with adapters folded in; and beside the gradients at
+    its end. The gradient of trained ones comes transposed and is copied into the parameter's order."""
     m = r.model
-    if not r.adapters or not m.fused_experts or m.experts == 1:
+    if not m.fused_experts or m.experts == 1:
         return 0, 0
     wide, narrow = _trained(r)
-    one = m.experts * m.hidden_size * m.intermediate_size * hidden_width(r)
+    one = m.experts * m.hidden_size * m.intermediate_size * residual_width(r)
+    if not r.adapters:
+        return 0, 2 * one
     gate_up, down = 2 * one * wide, one * narrow
     return gate_up + down, 2 * gate_up + down
 

@@ -61,7 +61,8 @@ def fake_step(plan: Plan, *, whole: bool = False) -> FakeStep:
         )
     refuse(plan)
     began = time.perf_counter()
-    config, depths = config_of(plan), DEPTHS
+    config = config_of(plan)
+    depths: tuple[int, ...] = DEPTHS
     layers: int = config.get_text_config().num_hidden_layers
     places = None
     with _world(chosen), _as_on(chosen.device), _from_host(chosen):
@@ -222,21 +223,22 @@ def _from_host(chosen: Chosen) -> Iterator[None]:
     if chosen.offload != "params":
         yield
         return
-    inputs = FSDPParam.all_gather_inputs
+    inputs: Any = FSDPParam.__dict__["all_gather_inputs"]  # a property
 
     def arrived(parameter: FSDPParam) -> list[Tensor]:
         shard = parameter._sharded_param_data
         parameter._sharded_param_data = shard.clone()
         try:
-            return inputs.fget(parameter)  # type: ignore[misc]
+            gathered: list[Tensor] = inputs.fget(parameter)
+            return gathered
         finally:
             parameter._sharded_param_data = shard
 
-    FSDPParam.all_gather_inputs = property(torch.no_grad()(arrived))  # type: ignore[assignment]
+    setattr(FSDPParam, "all_gather_inputs", property(torch.no_grad()(arrived)))  # noqa: B010  # mypy takes it for a method
     try:
         yield
     finally:
-        FSDPParam.all_gather_inputs = inputs  # type: ignore[method-assign]
+        setattr(FSDPParam, "all_gather_inputs", inputs)  # noqa: B010
 
 
 class _Mask(torch.autograd.Function):
