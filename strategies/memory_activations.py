@@ -135,8 +135,9 @@ def _attention(r: MemoryRequest) -> float:
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
     litgpt = r.kernels == "chunked-ce"
     packed = 2 * q * e if litgpt and kv == q else 0  # its v is a view of the packed projection, which keeps q and k
-    if r.attention != "flash" and not litgpt and (r.kernels != "trebuchet" or r.attention == "eager" or r.packed):
-        kv = q  # transformers repeats keys and values for eager attention, and for sdpa with a mask
+    masked = r.attention != "flash" and not litgpt and (r.kernels != "trebuchet" or r.attention == "eager" or r.packed)
+    if masked and m.num_kv_heads > 1:
+        kv = q  # transformers repeats keys and values for eager attention, and for sdpa with a mask; a single head is expanded
     per_token = (2 * q + 2 * kv) * e + packed + _adapter_copies(r, ("q", "k", "v", "o"))
     return per_token if r.attention == "eager" else per_token + 4 * m.num_heads
 
