@@ -39,13 +39,16 @@ demo: .venv/demo
 	@if [ -e runs/demo ]; then echo "runs/demo is the last demo; moved to runs/demo-$$(date +%Y%m%d-%H%M%S)"; mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
 	.venv/bin/trebuchet run examples/demo.yaml
 
-# The kernels' tests bind Triton to its interpreter when they are loaded, so they get a process of their own.
+# The kernels' tests bind Triton to its interpreter when they are loaded, so they get processes of their own: two, because each
+# test is one thread of arithmetic. A group (of one module's fixture) stays in one process.
+KERNEL_TESTS := $(PY) -m pytest -n 2 --dist loadgroup tests/kernels
+
 test: .venv/dev
-	$(PY) -m pytest tests/kernels
+	$(KERNEL_TESTS)
 	$(PY) -m pytest --ignore tests/kernels
 
 test-fast: .venv/dev
-	$(PY) -m pytest -m 'not slow and not gpu' tests/kernels
+	$(KERNEL_TESTS) -m 'not slow and not gpu'
 	$(PY) -m pytest -m 'not slow and not gpu' --ignore tests/kernels
 
 soak: .venv/dev
@@ -53,7 +56,7 @@ soak: .venv/dev
 
 # The kernel layer without a GPU: interpreter, ahead-of-time compilation, integration; then the table of budgets.
 kernels-check: .venv/dev
-	$(PY) -m pytest tests/kernels --ignore tests/kernels/test_aot.py
+	$(KERNEL_TESTS) --ignore tests/kernels/test_aot.py
 	$(PY) -m trebuchet.kernels.aot
 
 # The folder may have any name, and mypy wants the package's: it reads it through a link of that name.

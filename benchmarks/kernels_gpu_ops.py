@@ -126,8 +126,8 @@ def ops(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Op]
             lambda t: 5 * nbytes(t[0]),
         ),
         "add_rms_norm": op(
-            lambda x, r, w: torch.add(*K.add_rms_norm(x, r, w, 1e-6)), lambda x, r, w: llama_norm(x + r, w) + (x + r),
-            lambda n: [randn(n, width), randn(n, width), randn(width)], lambda t: (8 + 5) * nbytes(t[0]),
+            lambda x, r, w: K.add_rms_norm(x, r, w, 1e-6), lambda x, r, w: (llama_norm(x + r, w), x + r),
+            lambda n: [randn(n, width), randn(n, width), randn(width)], lambda t: 8 * nbytes(t[0]),
         ),
         "layer_norm": op(
             lambda x, w, b: K.layer_norm(x, w, b, 1e-6), lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-6),
@@ -156,7 +156,7 @@ def ops(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Op]
             lambda h, w: -K.token_loss(h, w, labels(h)).logp,
             lambda h, w: -F.log_softmax(at_least_fp32(F.linear(h, w)), -1)[:, 7],
             lambda n: [randn(n, width), randn(vocab, width, scale=width**-0.5)],
-            lambda t: 3 * len(t[0]) * len(t[1]) * t[0].element_size(), frozen=1,
+            lambda t: 3 * nbytes(t[0]) + 2 * nbytes(t[1]), frozen=1,
         ),
         **_weight_ops(sizes, device, dtype, randn),
     }  # fmt: skip
@@ -245,7 +245,7 @@ def _weight_ops(sizes: Sizes, device: torch.device, dtype: torch.dtype, randn: C
             ),
             eager=eager_mlp,
             inputs=lambda n: [randn(n, width), *pairs(*gated), *(randn(o, i, scale=i**-0.5) for o, i in gated)],
-            least_bytes=lambda t: 5 * nbytes(t[0]) + 2 * nbytes(*t[1:]) + 12 * len(t[0]) * mlp * dtype.itemsize,
+            least_bytes=lambda t: 5 * nbytes(t[0]) + 2 * nbytes(*t[1:]),
             frozen=3, **linear,
         ),
         "adamw8bit_step": Op(
@@ -264,7 +264,7 @@ def _liger(labels: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Function]]
         return {}
     found: dict[str, Function] = {
         "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, 0.0, "llama", False),
-        "add_rms_norm": lambda x, r, w: torch.add(*liger.liger_fused_add_rms_norm(x, r, w, 1e-6, 0.0, "llama", False)),
+        "add_rms_norm": lambda x, r, w: liger.liger_fused_add_rms_norm(x, r, w, 1e-6, 0.0, "llama", False),
         "layer_norm": lambda x, w, b: liger.liger_layer_norm(x, w, b, 1e-6),
         "swiglu": liger.liger_swiglu,
         "geglu": liger.liger_geglu,

@@ -59,7 +59,7 @@ def ops(dtype: torch.dtype, rows: int = ROWS) -> dict[str, Op]:
         their_ce.cross_entropy_backward(logits, torch.tensor(1.0 / ce_rows))
 
     def their_rope_forward() -> None:
-        their_rope.rope_forward(q.clone().transpose(1, 2), k.clone().transpose(1, 2), angles, angles)
+        their_rope.rope_forward(q.clone().transpose(1, 2), k.clone().transpose(1, 2), angles, angles.clone())
 
     def their_backward(**more: Any) -> Callable[[], object]:
         return lambda: their_rms.rms_norm_backward(x, r, w, stat, 0.0, 0, 4096, 8, False, None, **more)

@@ -60,6 +60,13 @@ class Runtime:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return [int(v) for v in tensor.tolist()]
 
+    def gathered(self, word: str) -> list[str]:
+        """Each rank's word, in the order of the ranks."""
+        words = [word] * self.world
+        if self.world > 1:
+            dist.all_gather_object(words, word)
+        return words
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()

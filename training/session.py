@@ -199,10 +199,11 @@ class Session:
                 + " Train without it by --set strategy.kernels=off."
             )
         if found is not None:
-            mine = int(found.launch_table_hash[:8], 16)
-            if self.runtime.total(mine)[0] != mine * self.runtime.world:
+            tables = self.runtime.gathered(found.launch_table_hash)
+            if other := next((rank for rank, table in enumerate(tables) if table != tables[0]), 0):
                 raise JobFailed(
-                    "the ranks run different versions of the kernels; install the same Trebuchet on every node."
+                    f"the kernels' launch settings differ: table {tables[0]} on rank 0, {tables[other]} on rank {other}. They decide "
+                    "the order of sums, so all ranks need the same; install the same Trebuchet on every node."
                 )
         if not self.runtime.main:
             return

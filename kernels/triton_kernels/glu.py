@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import as_rows, exp, load_fp32, sigmoid, start, store_as
+from .launch import as_rows, at_most, exp, load_fp32, sigmoid, start, store_as
 
 
 @triton.jit
@@ -30,6 +30,19 @@ def _activate(e, ACT: tl.constexpr):
         slope = 0.7978845608028654 * (1.0 + 0.134145 * e * e)
         # (1 - tanh^2 u) / 2 is 2 q s^2; 1 - half would lose its digits where half is nearly 1.
         return e * half, half + 2.0 * e * q * s * s * slope
+
+
+@triton.jit
+def _differentiate(dh, e, ACT: tl.constexpr):
+    """act(e), dh act(e) and dh act'(e). For silu, act' = sigma + act (1 - sigma), with what dh act(e) already is."""
+    if ACT == "silu":
+        sigma = sigmoid(e)
+        act = e * sigma
+        along = dh * act
+        return act, along, dh * sigma + along * (1.0 - sigma)
+    else:
+        act, slope = _activate(e, ACT)
+        return act, dh * act, dh * slope
 
 
 @triton.jit
@@ -68,10 +81,10 @@ def _backward(
     dh = load_fp32(dh_ptr + (row * stride_dh + first) + col, mask, EVEN)
     e = load_fp32(e_ptr + (row * stride_e + first) + col, mask, EVEN)
     g = load_fp32(g_ptr + (row * stride_g + first) + col, mask, EVEN)
-    act, slope = _activate(e, ACT)
+    act, dg, de = _differentiate(dh, e, ACT)
     out = row * width + first
-    store_as(de_ptr + out + col, dh * g * slope, mask, EVEN)
-    store_as(dg_ptr + out + col, dh * act, mask, EVEN)
+    store_as(dg_ptr + out + col, dg, mask, EVEN)
+    store_as(de_ptr + out + col, de * g, mask, EVEN)
     if WANT_H:
         store_as(h_ptr + out + col, act * g, mask, EVEN)
 
@@ -92,7 +105,7 @@ def forward(e: Tensor, g: Tensor, activation: str) -> Tensor:
     start(
         _forward, blocks * len(e2d), e2d, g2d, h, e2d.shape[1], blocks, e2d.stride(0), g2d.stride(0),
         ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, EVEN=e2d.shape[1] % settings["block"] == 0,
-        registers=settings["registers"] if activation == "silu" and e.element_size() == 2 else None, warps=settings["warps"],
+        registers=at_most(e, settings["registers"]) if activation == "silu" else None, warps=settings["warps"],
     )  # fmt: skip
     return h
 
@@ -103,10 +116,11 @@ def backward(dh: Tensor, e: Tensor, g: Tensor, activation: str, want_h: bool) ->
     dh2d, e2d, g2d = _rows(dh, e, g)
     settings = TABLE["glu_backward"]
     blocks = triton.cdiv(e2d.shape[1], settings["block"])
+    bounded = activation == "silu" and len(e2d) == 1 and not want_h
     start(
         _backward, blocks * len(e2d), dh2d, e2d, g2d, de, dg, h, e2d.shape[1], blocks,
         dh2d.stride(0), e2d.stride(0), g2d.stride(0),
         ACT=activation, BLOCK=settings["block"], FLAT=len(e2d) == 1, EVEN=e2d.shape[1] % settings["block"] == 0, WANT_H=want_h,
-        warps=settings["warps"],
+        registers=at_most(e, settings["registers"]) if bounded else None, warps=settings["warps"],
     )  # fmt: skip
     return de, dg, h

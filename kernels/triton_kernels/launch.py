@@ -88,6 +88,11 @@ def start(kernel: Any, programs: int, *args: Any, warps: int, registers: int | N
             kernel[(programs,)](*args, **options)
 
 
+def at_most(x: Tensor, registers: int) -> int | None:
+    """A bound from the launch table for tensors like x: the bounds are for 16 bits, none in fp32."""
+    return registers if x.element_size() == 2 else None
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x as [rows, H] with unit stride inside a row: a view where the strides allow it, else a copy."""
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])

@@ -76,15 +76,15 @@ def _backward(
         mean = load_fp32(mean_ptr + row, row < rows, ROWS == 1)
         rstd = load_fp32(rstd_ptr + row, row < rows, ROWS == 1)
         xhat = (x - mean) * rstd
+        if DW:
+            dw += dy * xhat
+            db += dy
         g = dy * w
         # Where a lane is masked, dy and so g are 0: xhat there reaches neither sum.
         mean_g = tl.sum(g, axis=1)[:, None] * (1.0 / H)
         mean_gx = tl.sum(g * xhat, axis=1)[:, None] * (1.0 / H)
         dx = rstd * (g - mean_g - xhat * mean_gx)
         store_as(dx_ptr + row * H + col, dx, mask, EVEN)
-        if DW:
-            dw += dy * xhat
-            db += dy
     if DW:
         HALVES: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth == 16
         store_partial(dw_ptr + program * H, dw, H, BLOCK, ROWS, HALVES)

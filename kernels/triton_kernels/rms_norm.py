@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch_table import TABLE
-from .launch import as_rows, load_fp32, row_block, start, store_as
+from .launch import as_rows, at_most, load_fp32, row_block, start, store_as
 from .partials import split_rows, store_partial, sum_partials
 
 
@@ -95,16 +95,15 @@ def _backward(
         x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
         rstd = load_fp32(rstd_ptr + row, row < rows, ROWS == 1)
         xhat = x * rstd
+        if DW:
+            # Before the sum over the row, so that the rounded xhat does not have to live across it.
+            dw += dy * (xhat.to(x_ptr.dtype.element_ty).to(tl.float32) if LLAMA else xhat)
         g = dy * w
         mean = tl.sum(g * xhat, axis=1)[:, None] * (1.0 / H)
         dx = rstd * (g - xhat * mean)
         if ADD:
             dx += load_fp32(ds_ptr + row * stride_ds + col, mask, EVEN)
         store_as(dx_ptr + row * H + col, dx, mask, EVEN)
-        if DW:
-            if LLAMA:
-                xhat = xhat.to(x_ptr.dtype.element_ty).to(tl.float32)
-            dw += dy * xhat
     if DW:
         store_partial(dw_ptr + program * H, dw, H, BLOCK, ROWS, x_ptr.dtype.element_ty.primitive_bitwidth == 16)
 
@@ -123,7 +122,8 @@ def forward(
     start(
         _forward, triton.cdiv(len(rows2d), rows), rows2d, added, weight.contiguous(), y, s, rstd, len(rows2d),
         rows2d.stride(0), added.stride(0), eps, offset,
-        H=width, BLOCK=block, ROWS=rows, ADD=add, OFFSET=offset != 0.0, LLAMA=casting == "llama", warps=warps,
+        H=width, BLOCK=block, ROWS=rows, ADD=add, OFFSET=offset != 0.0, LLAMA=casting == "llama",
+        warps=warps, registers=at_most(x, TABLE["rms_norm_forward"]["registers"]),
     )  # fmt: skip
     return y, s, rstd
 
@@ -144,6 +144,14 @@ def backward(
         dy2d.stride(0), x2d.stride(0), ds2d.stride(0), offset,
         H=width, BLOCK=block, ROWS=rows, ADD=ds is not None, OFFSET=offset != 0.0,
         LLAMA=casting == "llama", DW=want_dw,
-        warps=warps, registers=table["registers_dw"] if want_dw and x.element_size() == 2 else None,
+        warps=warps, registers=_bound(x, rows, warps, want_dw, ds is not None),
     )  # fmt: skip
     return dx, sum_partials(dw, x, rows).to(weight.dtype) if want_dw else weight.new_empty(0)
+
+
+def _bound(x: Tensor, rows: int, warps: int, want_dw: bool, add: bool) -> int | None:
+    """The bound on registers of a backward launch; None where the compiler's own choice is as small, or a bound would spill."""
+    table = TABLE["rms_norm_backward"]
+    if want_dw:
+        return at_most(x, table["registers_dw" if rows == 1 and warps <= 8 else "registers_dw_wide"])
+    return at_most(x, table["registers"]) if rows == 1 and not add else None

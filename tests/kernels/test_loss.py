@@ -57,8 +57,10 @@ def test_against_float64(dtype, backend: str, option: str, trained: bool, upstre
     results = []
     for function, kind in ((eager_loss, torch.float64), (eager_loss, dtype), (_ours(backend), dtype)):
         leaves = [x.to(dtype).to(kind).requires_grad_(i == 0 or trained) for i, x in enumerate(inputs)]
+        before = [x.detach().clone() for x in (*leaves, labels)]
         outputs = function(leaves[0], leaves[1], labels, leaves[2], **OPTIONS[option])
         results.append(outputs + gradients(outputs, [x for x in leaves if x.requires_grad], upstream))
+        assert all(torch.equal(x.detach(), old) for x, old in zip((*leaves, labels), before, strict=True))
     for i, (exact, eager, ours) in enumerate(zip(*results, strict=True)):
         assert ours.shape == exact.shape
         # Root mean square: a unit gradient row is rounded before its upstream factor and after it, independently. The
@@ -100,6 +102,11 @@ def test_no_token_counts(backend: str, count: int) -> None:
     for x in (*out, hidden.grad, weight.grad):
         assert not x.any()
     assert hidden.grad.shape == hidden.shape and weight.grad.shape == weight.shape
+    logits = torch.randn(count, 50, requires_grad=True)
+    with K.force_backend(backend):
+        loss, lse = K.cross_entropy(logits, torch.full((count,), IGNORE))
+    (loss.sum() + lse.sum()).backward()
+    assert loss.shape == lse.shape == (count,) and not loss.any() and not logits.grad.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

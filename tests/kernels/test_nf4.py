@@ -25,8 +25,11 @@ def quantize(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bit_exact(shape: tuple[int, ...], backend: str, dtype: torch.dtype, nested: bool) -> None:
     weight, expected = quantize(shape, dtype, nested)
+    before = [t.clone() for t in weight.tensors()]
     with K.force_backend(backend):
         ours = K.nf4_dequantize(weight)
+    assert len(before) == (6 if nested else 3)
+    assert all(torch.equal(t, old) for t, old in zip(weight.tensors(), before, strict=True))
     if backend == "triton" and dtype == torch.bfloat16:
         # The interpreter truncates at the one cast; undo nothing, allow exactly that unit.
         exact = K.nf4_dequantize(weight, torch.float32)

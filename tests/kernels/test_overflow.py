@@ -11,10 +11,11 @@ import pytest
 import torch
 from trebuchet.kernels.launch_table import TABLE
 from trebuchet.kernels.trace import trace
-from trebuchet.kernels.triton_kernels import adamw8bit, glu, layer_norm, loss, nf4, rms_norm, rope
-from trebuchet.kernels.triton_kernels.launch import record
+from trebuchet.kernels.triton_kernels import adamw8bit, glu, layer_norm, loss, nf4, rms_norm, rope, wide_norm
+from trebuchet.kernels.triton_kernels.launch import Launch, record
 
 BIG = 2**31
+TWO_KERNELS = ("wide add_rms_norm backward", "wide layer_norm backward")  # dx, and dw from programs of their own
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -24,6 +25,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 def launches() -> dict[str, Callable[[], object]]:
     rows = BIG // 4096 + 5
     x, w, stat = empty(rows, 4096), empty(4096), empty(rows, dtype=torch.float32)
+    wide_rows = BIG // 32768 + 5
+    wx, ww, wide_stat = empty(wide_rows, 32768), empty(32768), empty(wide_rows, dtype=torch.float32)
     vocab = 262144
     logits_rows = BIG // vocab + 3
     z, labels, lse = (
@@ -44,6 +47,12 @@ def launches() -> dict[str, Callable[[], object]]:
         "rms_norm backward": lambda: rms_norm.backward(x, x, w, stat, x, 0.0, "llama", True),
         "layer_norm forward": lambda: layer_norm.forward(x, w, w, 1e-6),
         "layer_norm backward": lambda: layer_norm.backward(x, x, w, stat, stat, True),
+        "wide add_rms_norm forward": lambda: wide_norm.forward(wx, wx, ww, None, 1e-6, 0.0, "llama", wx.dtype),
+        "wide layer_norm forward": lambda: wide_norm.forward(wx, None, ww, ww, 1e-6, 0.0, "gemma", wx.dtype),
+        "wide add_rms_norm backward": lambda: wide_norm.backward(wx, wx, ww, None, wide_stat, wx, 0.0, "llama", True),
+        "wide layer_norm backward": lambda: wide_norm.backward(
+            wx, wx, ww, wide_stat, wide_stat, None, 0.0, "gemma", True
+        ),
         "swiglu forward": lambda: glu.forward(x, x, "silu"),
         "swiglu backward strided": lambda: glu.backward(x[:, :2048], x[:, 2048:], x[:, 2048:], "silu", True),
         "rope heads first": lambda: rope.launch(far, k[:, :, :64], angles[:, :64], angles[:, :64], None, False),
@@ -63,9 +72,15 @@ def launches() -> dict[str, Callable[[], object]]:
 def test_last_program(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("rms_norm_backward", "layer_norm_backward"):  # eight rows a program, not two thousand
         monkeypatch.setitem(TABLE[kernel], "programs_dw", 65536)
+    monkeypatch.setitem(TABLE["wide_norm"], "shares", 2048)
     with record() as recorded:
         launches()[name]()
-    (launch,) = recorded
+    assert len(recorded) == (2 if name in TWO_KERNELS else 1)
+    for launch in recorded:
+        _last_program_stays_inside(launch)
+
+
+def _last_program_stays_inside(launch: Launch) -> None:
     programs = launch.grid[0]
     tensors = [a for a in launch.args if isinstance(a, torch.Tensor) and a.numel()]
     with trace(only=(programs - 1, programs), touch=False) as traces:
