@@ -218,7 +218,7 @@ def _make_interpretable() -> None:
 
 
 def report(per_target: dict[str, dict], byte_counts: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table for each chip; "worse" marks what liger-kernel does with less."""
+    """A Markdown table for each chip, and what liger-kernel does with less."""
     lines = []
     for target, table in per_target.items():
         lines += [
@@ -233,7 +233,23 @@ def report(per_target: dict[str, dict], byte_counts: dict[str, dict[str, Any]]) 
             sizes = byte_counts[name]
             theirs = sizes["liger"][0] if isinstance(sizes["liger"], list) else "did not run"
             lines.append(f"| {name} | {' | '.join(cells)} | {sizes['ours'][0]} / {theirs} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *(worse(per_target, byte_counts) or ["nowhere worse than liger-kernel"])])
+
+
+def worse(per_target: dict[str, dict], byte_counts: dict[str, dict[str, Any]]) -> list[str]:
+    """One line for each figure that liger-kernel's kernels have lower."""
+    found = []
+    for target, table in per_target.items():
+        for name, sides in table.items():
+            for key in ("registers", "stack_bytes", "shared_bytes", "per_element"):
+                if sides["ours"][key] > sides["liger"][key]:
+                    found.append(f"worse: {name} on {target}: {key} {sides['ours'][key]}, theirs {sides['liger'][key]}")
+    for name, sides in byte_counts.items():
+        if isinstance(sides["liger"], list):
+            for kind, mine, theirs in zip(("issued", "distinct"), sides["ours"], sides["liger"], strict=True):
+                if mine > theirs:
+                    found.append(f"worse: {name}: {kind} bytes per element {mine}, theirs {theirs}")
+    return found
 
 
 def main() -> None:
