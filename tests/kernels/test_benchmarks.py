@@ -46,6 +46,19 @@ def test_a_wrong_op_is_reported_and_not_timed(benchmark, monkeypatch: pytest.Mon
     assert result.note.startswith("WRONG") and result.milliseconds is None
 
 
+def test_a_step_with_wrong_gradients_is_reported(benchmark, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = benchmark.time_step
+
+    def wrong(patched: bool, *rest: object) -> tuple[float | None, str, torch.Tensor]:
+        ms, note, gradients = right(patched, *rest)
+        assert gradients.norm() > 0
+        return ms, note, gradients * 1.2 if patched else gradients
+
+    monkeypatch.setattr(benchmark, "time_step", wrong)
+    eager, ours = benchmark.main(["--dry-run", "--only", "training step"])
+    assert eager.note == "" and ours.note.startswith("WRONG: the adapters' gradients differ by ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(benchmark, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
