@@ -14,9 +14,10 @@ import json
 ROW_WARPS = {512: 1, 1024: 2, 2048: 4, 4096: 8, 8192: 16, 32768: 32}
 
 TABLE: dict[str, dict[str, int]] = {
-    # "registers" bounds what the compiler may use of them, in 16 bits and on NVIDIA chips (they are given out by eights).
-    # Rows narrower than 512 are taken several per program: a tile of this many elements.
-    "rms_norm_forward": {"tile": 2048, "registers": 40},
+    # "registers" bounds what the compiler may use of them, in 16 bits and on NVIDIA chips, for blocks of one row. ptxas takes
+    # what it is allowed, so a bound stands where nothing spills: 32 leave an SM full of threads.
+    # Narrower rows are taken several per program: a tile of this many elements.
+    "rms_norm_forward": {"tile": 2048, "registers": 32},
     # The backward pass loops over rows; `programs_dw` bounds the partial sums of dw (two per SM of a 132-SM chip). With dw
     # the compiler would hold a second row ahead; with 80 registers it does not, and an SM has room for three programs of
     # 4,096 columns instead of two, so that all 264 run at once on 108 SMs too. Wider rows gain no program by it.

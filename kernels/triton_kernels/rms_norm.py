@@ -123,7 +123,7 @@ def forward(
         _forward, triton.cdiv(len(rows2d), rows), rows2d, added, weight.contiguous(), y, s, rstd, len(rows2d),
         rows2d.stride(0), added.stride(0), eps, offset,
         H=width, BLOCK=block, ROWS=rows, ADD=add, OFFSET=offset != 0.0, LLAMA=casting == "llama",
-        warps=warps, registers=at_most(x, TABLE["rms_norm_forward"]["registers"]),
+        warps=warps, registers=at_most(x, TABLE["rms_norm_forward"]["registers"]) if rows == 1 else None,
     )  # fmt: skip
     return y, s, rstd
 
@@ -150,7 +150,7 @@ def backward(
 
 
 def _bound(x: Tensor, rows: int, warps: int, want_dw: bool, add: bool) -> int | None:
-    """The bound on registers of a backward launch; None where the compiler's own choice is as small, or a bound would spill."""
+    """The bound on registers of a backward launch; None where one would gain nothing, or spill."""
     table = TABLE["rms_norm_backward"]
     if want_dw:
         return at_most(x, table["registers_dw" if rows == 1 and warps <= 8 else "registers_dw_wide"])

@@ -115,7 +115,9 @@ def _weight_gradient(
     mask = col < H
     EVEN: tl.constexpr = H % BLOCK == 0
     dw, db = tl.zeros([BLOCK], dtype=tl.float32), tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(part * share, tl.minimum(part * share + share, rows)):
+    first = part * share
+    for step in range(0, tl.minimum(share, rows - first)):
+        row = first + step  # 64 bits, whatever the loop counts in
         dy = load_fp32(dy_ptr + row * stride_dy + col, mask, EVEN)
         x = load_fp32(x_ptr + row * stride_x + col, mask, EVEN)
         if CENTRE:
