@@ -63,6 +63,7 @@ def test_a_gpu_run_without_the_layer_fails_unless_it_was_switched_off(
             on.report(lacking)
 
 
+@pytest.mark.slow
 def test_another_launch_table_on_one_rank_is_refused_on_all(
     tiny_config: Callable[..., dict[str, Any]], tmp_path: Any
 ) -> None:
