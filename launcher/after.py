@@ -1,4 +1,4 @@
-"""The verbs about runs that exist: list, show, merge, export, report, ui. Each does its work in this process.
+"""The verbs about runs that exist: list, show, eval, merge, export, push, report, ui. Each does its work in this process.
 
 Registered by `cli.py`; like there, each function imports what it needs when it is called.
 """
@@ -49,6 +49,14 @@ def add_verbs(verb: Any) -> None:
     export.add_argument("--format", choices=("hf", "adapter", "vllm", "gguf"), default="hf")
     export.add_argument("--quant", choices=("f16", "q8_0"), default="f16", help="of a GGUF file")
     export.add_argument("--output", metavar="FOLDER", help="default: RUN/exports/FORMAT")
+    push = verb("push", _push, "a model of a run into a registry; nothing is pushed unless asked", json=True, dry="it")
+    push.add_argument("run", metavar="RUN")
+    push.add_argument("--to", choices=("hub", "wandb", "mlflow"), required=True)
+    push.add_argument("--name", metavar="NAME", required=True, help="in the registry; on the Hub OWNER/NAME")
+    push.add_argument(
+        "--what", default="model", metavar="PART", help="model, merged, or an export, such as hf or gguf-f16"
+    )
+    push.add_argument("--public", action="store_true", help="a new repository on the Hub; private otherwise")
     report = verb("report", _report, "one HTML file of a run, or of several side by side")
     report.add_argument("runs", metavar="RUN", nargs="+", help="a run, a sweep, or a folder of runs")
     report.add_argument(
@@ -148,6 +156,27 @@ def _export(options: argparse.Namespace) -> int:
     output = Path(options.output).expanduser().absolute() if options.output else run.folder.exports / name
     output.parent.mkdir(parents=True, exist_ok=True)
     print("\n".join(export(run, options.format, output, quant=options.quant)))
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from ..training.finished import open_finished
+    from ..training.push import push
+    from .cli import print_json
+
+    run = open_finished(options.run)
+    found = push(run, options.to, options.name, what=options.what, public=options.public, dry_run=options.dry_run)
+    if options.json:
+        print_json(found)
+        return 0
+    size = f"{len(found['files'])} files, {found['bytes'] / 2**20:,.1f} MiB"
+    if options.dry_run:
+        print(
+            "\n".join([f"would push {size} to {found['to']} as {found['name']}:", *(f"  {n}" for n in found["files"])])
+        )
+    else:
+        version = f" version {found['version']}" if found["version"] else ""
+        print(f"pushed  {size} to {found['to']} as {found['name']}{version}\n        {found['url']}")
     return 0
 
 

@@ -145,7 +145,7 @@ def preflight(decided: Plan) -> Prepared | None:
     refuse_missing_trackers(decided.config)
     from ..training import judge, load
 
-    judge.check(decided.config.evaluation)
+    judge.check(decided.config.evaluation, decided.config.objective.name)
     folder = load.model_folder(decided.config.model, decided.model)
     return load.prepared_data(decided.config, decided.model, load.load_tokenizer(folder, decided.config.model))
 

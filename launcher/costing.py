@@ -105,6 +105,7 @@ def memory(hardware: Hardware, found: MemoryEstimate) -> Memory:
         usable_gib=hardware.usable_gib,
         host_gib=host,
         components={name: round(value / GIB, 3) for name, value in found.components.items()},
+        phases={name: round(value / GIB, 3) for name, value in found.phases.items()},
     )
 
 

@@ -105,6 +105,9 @@ def lineage(folder: RunFolder) -> dict[str, Any]:
     data = record.get("data") or {}
     merged = record.get("merge")
     return {
+        "pushed": [
+            {key: one.get(key) for key in ("to", "name", "version", "what", "at")} for one in record.get("pushed") or []
+        ],
         "exports": record.get("exports") or {},
         "merged": None
         if merged is None
@@ -133,7 +136,12 @@ def lineage(folder: RunFolder) -> dict[str, Any]:
 
 
 def lineage_text(found: dict[str, Any]) -> str:
-    lines = []
+    lines = [
+        f"pushed  {one['what']} to {one['to']} as {one['name']}"
+        + (f" version {one['version']}" if one["version"] else "")
+        + f", {one['at']}"
+        for one in found["pushed"]
+    ]
     for name, one in found["exports"].items():
         lines.append(f"{name}  {one['file']}")
     if found["merged"]:

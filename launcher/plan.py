@@ -30,6 +30,7 @@ class Memory(Data):
     usable_gib: float
     host_gib: float
     components: dict[str, float]
+    phases: dict[str, float] = {}  # live tensors of one rank at the peak of each phase, GiB
 
 
 class Time(Data):

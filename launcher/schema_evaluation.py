@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,6 +18,7 @@ def _share_or_steps(value: float) -> float:
     return value
 
 
+BEST = ("last", "loss", "accuracy", "bits_per_byte", "margin", "kl", "general")
 Every = Annotated[float, Field(gt=0), AfterValidator(_share_or_steps)]
 
 
@@ -42,8 +43,10 @@ class Evaluation(Section):
         gt=0,
         description="the run fails when it ends further than this from its base on those prompts, in nats a token (KL)",
     )
-    best: Literal["last", "loss", "accuracy", "bits_per_byte", "kl"] = Field(
-        "last", description="which weights become the model: the last, or those of the evaluation with the best figure"
+    best: str = Field(
+        "last",
+        description="which weights become the model: the last, or those of the evaluation with the best loss, accuracy, "
+        "bits_per_byte, margin (of pairs), kl or general (what was forgotten), or one of metrics",
     )
     stop_after: int | None = Field(
         None, ge=1, description="stop when this many evaluations in a row bring no better figure (of best, or the loss)"
@@ -51,8 +54,18 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _forgetting_is_measured(self) -> Evaluation:
-        if self.forgetting == 0 and (self.max_forgetting is not None or self.best == "kl"):
-            raise ValueError("max_forgetting and best: kl need general prompts; forgetting is 0")
+        if self.forgetting < 2 and (self.max_forgetting is not None or self.best in ("kl", "general")):
+            raise ValueError(
+                f"max_forgetting and best: kl or general need two general prompts at least; forgetting is {self.forgetting}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_a_figure(self) -> Evaluation:
+        if self.best not in BEST and self.best not in self.metrics:
+            raise ValueError(f"best: {self.best} is none of {', '.join(BEST)} and not among metrics")
+        if self.best in self.metrics and not self.generations:
+            raise ValueError(f"best: {self.best} is a metric of answers; generations is 0")
         return self
 
 

@@ -1,61 +1,48 @@
 """`trebuchet eval`: base against the finished model, asked again as users open them: plain transformers, PEFT and bitsandbytes.
 
 The same questions as around the run, with other metrics or more answers if wanted, and tasks of lm-evaluation-harness by name. The
-result replaces evaluation.json and the record's `evaluation`. Left out: objectives over pairs, whose numbers are those of their run.
+result replaces evaluation.json and the record's `evaluation`. Left out: several processes; one opens both models, one after the
+other.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..launcher import record
-from ..launcher.errors import UserError
+from ..launcher.errors import UserError, did_you_mean
 from ..strategies.prepare import compute_dtype
 from . import evaluate as asking
+from .data import JudgedSet, PairSet, Units
 from .data.prepare import row_tokens
 from .finished import Finished
-from .judge import ONE_TOKEN_LOSS, Judge
+from .judge import Judge
+from .metrics import find as find_metric
+from .objectives import make as make_objective
+from .reference import Precomputed, compute
 from .scores import Subject
 
 
 def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], generations: int) -> dict[str, Any]:
     """What stands in evaluation.json afterwards. Raises UserError where there is nothing to ask or to ask with."""
-    config = run.plan.config
-    if config.objective.name not in ONE_TOKEN_LOSS:
-        raise UserError(
-            f"objective {config.objective.name} is evaluated around the run; `trebuchet eval` compares sft and pretrain."
-        )
     if run.data.eval is None or not len(run.data.eval):
         raise UserError(f"{run.folder.root} held no rows out (data.eval), so there is nothing to compare on.")
-    more: dict[str, Any] = {"metrics": tuple(metrics) or config.evaluation.metrics}
-    settings = config.evaluation.model_copy(update=more | ({"generations": generations} if generations else {}))
-    held_out = asking.HeldOut(
-        run.data.eval,
-        room=row_tokens(config.data, config.objective),
-        packing=config.data.packing,
-        micro_batch=run.chosen.micro_batch,
-        max_rows=settings.max_rows,
-    )
-    judge = Judge(
-        tokenizer=run.tokenizer,
-        pad_id=run.pad_id,
-        settings=settings,
-        objective=config.objective.name,
-        held_out=held_out,
-    )
-    prompts = held_out.prompts(settings.generations)
-    found: list[dict[str, Any]] = []
+    judge, found = asker(run, run.data.eval, metrics, generations), []
+    score = run.plan.config.objective.name == "reward"  # a score model writes nothing
+    prompts = [] if score else judge.held_out.prompts(judge.settings.generations)
     for tuned in (False, True):
         subject = opened(run, tuned=tuned)
-        figures = judge.of(subject)
-        figures["answers"] = asking.answers(subject, run.tokenizer, prompts, settings.max_new_tokens)
-        if judge.general:
-            said = found[0]["said"] if tuned else judge.base_says(subject)
-            figures |= {"said": said, "forgetting": judge.remembers(subject, said)}
+        if not tuned:
+            judge = with_reference(run, judge, subject)
+        figures = judge.measure(subject, found[0] if tuned else None)
+        figures["answers"] = asking.answers(subject, run.tokenizer, prompts, judge.settings.max_new_tokens)
         found.append(figures)
     before, after = found
     samples = [
@@ -71,9 +58,48 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
     return figures
 
 
+def asker(run: Finished, units: Units, metrics: Sequence[str], generations: int) -> Judge:
+    """The run's own questions, with other metrics and more answers where wanted."""
+    config = run.plan.config
+    more: dict[str, Any] = {"metrics": tuple(metrics) or config.evaluation.metrics}
+    settings = config.evaluation.model_copy(update=more | ({"generations": generations} if generations else {}))
+    for name in settings.metrics:
+        find_metric(name)
+    held_out = asking.HeldOut(
+        units,
+        room=row_tokens(config.data, config.objective),
+        packing=config.data.packing,
+        micro_batch=run.chosen.micro_batch,
+        max_rows=settings.max_rows,
+    )
+    return Judge(
+        tokenizer=run.tokenizer,
+        pad_id=run.pad_id,
+        settings=settings,
+        objective=config.objective.name,
+        rule=make_objective(config.objective),
+        held_out=held_out,
+    )
+
+
+def with_reference(run: Finished, judge: Judge, base: Subject) -> Judge:
+    """For an objective that compares with the untrained model: what that model says of the held-out pairs, kept with them. It is
+    computed here whatever the run did (adapters off, a copy), which comes to the same numbers."""
+    if run.plan.config.objective.reference_for(run.chosen.method) is None:
+        return judge
+    held = judge.held_out
+    assert isinstance(held.units, PairSet | JudgedSet)
+    layout: dict[str, Any] = {"packing": held.packing, "pad_id": run.pad_id, "micro_batch": held.micro_batch}
+    held.units = replace(held.units, reference=compute(held.units, base, judge.rule, held.rows, **layout))
+    judge.rule.reference = Precomputed()
+    return judge
+
+
 def opened(run: Finished, *, tuned: bool) -> Subject:
     """The base as it was trained on (quantized for qlora), or with what was trained."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+
+    from ..strategies.score import add_score_places, start_scores_small
 
     config, chosen = run.plan.config, run.chosen
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +123,14 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
             )
         )
     whole = run.folder.model if tuned and chosen.method == "full" else run.base
-    net: Any = AutoModelForCausalLM.from_pretrained(whole, use_safetensors=True, **options)
+    score = config.objective.name == "reward"
+    kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
+    options |= {"num_labels": 1} if score else {}
+    net: Any = kind.from_pretrained(whole, use_safetensors=True, **options)
+    if score:
+        add_score_places(net)
+        if whole == run.base:  # the head that training began with
+            start_scores_small(net, config.optimization.seed)
     if tuned and chosen.method != "full":
         from peft import PeftModel
 
@@ -108,20 +141,45 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
 
 
 def harness(run: Finished, tasks: Sequence[str]) -> dict[str, float]:
-    """`task/metric` -> value, of the saved model, by lm-evaluation-harness."""
+    """`task/metric` -> value, of the saved model as `opened` opens it, by lm-evaluation-harness. A task is one of its names, or a
+    YAML file of the user's in its own format, which is read from its folder. Raises UserError without the package or the task."""
     try:
-        import lm_eval
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError("--harness needs a package: `pip install 'trebuchet[harness]'`.") from None
-    adapter = run.chosen.method != "full"
-    arguments = f"pretrained={run.base},peft={run.folder.model}" if adapter else f"pretrained={run.folder.model}"
-    found = lm_eval.simple_evaluate(model="hf", model_args=arguments, tasks=list(tasks))
+    files = [Path(task).expanduser().absolute() for task in tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"--harness: {file} does not exist.")
+    named = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
+    folders = sorted({str(file.parent) for file in files})
+    manager = TaskManager(include_path=folders or None, include_defaults=bool(named))
+    names = named + [task_of(file) for file in files]
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(
+            f"--harness: lm-evaluation-harness has no task '{unknown[0]}'{did_you_mean(unknown[0], manager.all_tasks)}"
+        )
+    subject = opened(run, tuned=True)
+    model = HFLM(pretrained=subject.inside, tokenizer=run.tokenizer, batch_size=run.chosen.micro_batch)
+    found = simple_evaluate(model=model, tasks=names, task_manager=manager, random_seed=0, bootstrap_iters=1000)
+    assert found is not None  # None only on ranks other than the first
     return {
         f"{task}/{name}": float(value)
         for task, values in found["results"].items()
         for name, value in values.items()
         if isinstance(value, (int, float))
     }
+
+
+def task_of(file: Path) -> str:
+    """The name that a task's YAML gives itself; it may hold the harness's own tags, so it is not parsed as plain YAML."""
+    found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if found is None:
+        raise UserError(f"--harness: {file} names no task; a line `task: NAME` belongs in it.")
+    return found[1]
 
 
 def _text(run: Finished, ids: Sequence[int]) -> str:

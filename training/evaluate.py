@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .data import Units, pack
+from .objectives import Objective
+from .objectives.base import moved, with_divergence
 from .scores import Subject, asking
-from .step import Stepper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,13 +37,15 @@ class HeldOut:
         rows = pack(lengths, room, EVAL_SEED) if packing else [(i,) for i in range(count)]
         self.rows = [[self.chosen[i] for i in row] for row in rows]
 
-    def batches(self, stepper: Stepper, pad_id: int) -> Iterator[Mapping[str, Any]]:
-        """Every rank gets the same number, since a forward may be a collective; the last may be empty."""
-        rank, world = stepper.runtime.rank, stepper.runtime.world
+    def batches(self, subject: Subject, objective: Objective, pad_id: int) -> Iterator[Mapping[str, Any]]:
+        """Every rank gets the same number, since a forward may be a collective; the last may be empty. `units`: the held-out
+        samples of a batch, in its order."""
+        rank, world = subject.rank, subject.world
         for first in range(0, len(self.rows), world * self.micro_batch):
             start = first + rank * self.micro_batch
             rows = self.rows[start : start + self.micro_batch]
-            yield stepper.objective.collate(self.units, rows, packing=self.packing, pad_id=pad_id, width=None)
+            batch = objective.collate(self.units, rows, packing=self.packing, pad_id=pad_id, width=None)
+            yield {**batch, "units": [i for row in rows for i in row]}
 
     def prompts(self, count: int) -> list[tuple[list[int], list[int]]]:
         """(prompt ids, reference ids) of `count` samples spread evenly over the held-out set."""
@@ -50,24 +54,40 @@ class HeldOut:
         return [(list(map(int, p)), list(map(int, r))) for p, r in map(self.units.prompt, picked)]
 
 
-def held_out_loss(stepper: Stepper, data: HeldOut, pad_id: int) -> dict[str, Any]:
-    """Mean loss over the trained tokens (pairs, rows) of all held-out rows and the objective's other numbers: perplexity, or
-    accuracy and margin; collective, equal on all ranks."""
-    runtime = stepper.runtime
+def held_out_loss(subject: Subject, objective: Objective, data: HeldOut, pad_id: int) -> dict[str, Any]:
+    """Of an objective over pairs or single answers: mean loss, its other numbers (accuracy, margin), and `rows`, the columns
+    `sample` and `objective.columns` with one entry per held-out pair in the order of the file; collective, equal on all ranks."""
     sums, tally, counts, trained = _Sums(), _Sums(), _Sums(), 0
-    with evaluating(stepper.model), torch.no_grad():
-        for batch in stepper.with_divergence(data.batches(stepper, pad_id)):
-            outcome = stepper.loss(batch)
+    place = {unit: at for at, unit in enumerate(data.chosen)}
+    table = np.zeros((len(objective.columns), len(place)))
+    device, kernels = subject.device, subject.kernels
+    with asking(subject):
+        batches = data.batches(subject, objective, pad_id)
+        for batch in with_divergence(
+            objective, subject.model, batches, device=device, kernels=kernels, total=subject.total
+        ):
+            outcome = objective(subject.model, moved(batch, device), kernels=kernels)
             sums.add(outcome.sums)
             tally.add(outcome.tally)
-            counts.add(torch.tensor(stepper.objective.counts(batch)))
+            counts.add(torch.tensor(objective.counts(batch)))
             trained += int(batch["num_trained"])
-    stepper.layout.rest()
+            if batch["units"]:
+                table[:, [place[unit] for unit in batch["units"]]] = outcome.each.detach().double().cpu().numpy().T
     # A rank without rows has none of these and must sum as many numbers as the others.
-    sizes = runtime.most(len(sums.value), len(tally.value))
-    all_counts = runtime.total(*counts.filled(sizes[0]).tolist(), trained)
-    means, figures = stepper.figures(sums.filled(sizes[0]), tally.filled(sizes[1]), all_counts[:-1])
-    return {"loss": sum(means), **figures, "tokens": int(all_counts[-1])}
+    parts, tallies = subject.most(len(sums.value), len(tally.value))
+    totals = subject.total(
+        *counts.filled(parts).tolist(), *sums.filled(parts).tolist(), *tally.filled(tallies).tolist(), trained,
+        *table.ravel().tolist(),
+    )  # fmt: skip
+    counted, summed, told = totals[:parts], totals[parts : 2 * parts], totals[2 * parts : 2 * parts + tallies]
+    means = [value / max(n, 1) for value, n in zip(summed, counted, strict=True)]
+    columns = np.reshape(totals[2 * parts + tallies + 1 :], table.shape).tolist()
+    return {
+        "loss": sum(means),
+        **objective.figures(means, counted, told),
+        "tokens": int(totals[2 * parts + tallies]),
+        "rows": {"sample": [int(i) for i in data.chosen], **dict(zip(objective.columns, columns, strict=True))},
+    }
 
 
 class _Sums:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..launcher.errors import UserError
 from ..launcher.schema import Evaluation
 from . import forgetting, metrics, verdict
 from .data import TokenSet
-from .evaluate import HeldOut, held_out_loss
-from .scores import Subject, of_stepper, score, summary, text_bytes
-from .step import Stepper
+from .evaluate import HeldOut, answers, held_out_loss
+from .objectives import Objective
+from .scores import Subject, score, summary, text_bytes
 
 HEAVY = (
     "rows",
@@ -25,15 +26,29 @@ HEAVY = (
     "said",
     "forgetting",
 )  # stay in evaluation.json; the record and metrics.jsonl hold single numbers
+SMALLER = (
+    "loss",
+    "bits_per_byte",
+    "kl",
+    "general",
+)  # figures that are better when smaller; all others are shares and margins
 ONE_TOKEN_LOSS = ("sft", "pretrain")  # objectives whose held-out rows can be scored one by one
 
 
-def check(settings: Evaluation) -> None:
-    """Before anything is started: metrics that exist, general rows that can be read. Raises UserError or DataError."""
+def check(settings: Evaluation, objective: str) -> None:
+    """Before anything is started: metrics that exist, a best figure that the objective has, general rows that can be read. Raises
+    UserError or DataError."""
     for name in settings.metrics:
         metrics.find(name)
-    if settings.forgetting:
-        forgetting.read(settings.general)
+    has = {"last", "loss", "accuracy", "kl", "general", *settings.metrics}
+    has |= {"bits_per_byte"} if objective in ONE_TOKEN_LOSS else {"margin"}
+    has -= {"kl", "general", *settings.metrics} if objective == "reward" else set()  # a score model writes nothing
+    if settings.best not in has:
+        raise UserError(
+            f"evaluation.best: {settings.best} is no figure of the objective {objective}; it has {', '.join(sorted(has))}."
+        )
+    if settings.forgetting and len(forgetting.read(settings.general)) < 2:
+        raise UserError(f"evaluation.general: {settings.general} needs two prompts at least, for an interval.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +57,14 @@ class Judge:
     pad_id: int
     settings: Evaluation
     objective: str
+    rule: Objective  # what that name stands for
     held_out: HeldOut
 
-    def figures(self, stepper: Stepper) -> dict[str, Any]:
+    def figures(self, subject: Subject) -> dict[str, Any]:
         """Of the held-out rows; collective, equal on all ranks."""
-        if self.objective not in ONE_TOKEN_LOSS:
-            return held_out_loss(stepper, self.held_out, self.pad_id)
-        return self.of(of_stepper(stepper))
-
-    def of(self, subject: Subject) -> dict[str, Any]:
         held = self.held_out
+        if self.objective not in ONE_TOKEN_LOSS:
+            return held_out_loss(subject, self.rule, held, self.pad_id)
         found = score(subject, self._samples.sample, held.rows, micro_batch=held.micro_batch, pad_id=self.pad_id)
         return summary(found, self._bytes)
 
@@ -75,19 +88,35 @@ class Judge:
     def remembers(self, subject: Subject, said: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
         return forgetting.measure(subject, self.tokenizer, said, self.general, self.pad_id)
 
-    def measure(self, stepper: Stepper, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    def measure(self, subject: Subject, before: Mapping[str, Any] | None) -> dict[str, Any]:
         """Everything that is asked before and after; `before` is None for the base itself. Collective."""
-        found = self.figures(stepper)
+        found = self.figures(subject)
         if self.general:
-            said = self.base_says(of_stepper(stepper)) if before is None else before.get("said")
+            said = self.base_says(subject) if before is None else before.get("said")
             if said:
-                found |= {"said": said, "forgetting": self.remembers(of_stepper(stepper), said)}
+                found |= {"said": said, "forgetting": self.remembers(subject, said)}
         return found
 
-    def kl_nats(self, stepper: Stepper, before: Mapping[str, Any]) -> float:
-        """How far the model is from its base now; for choosing a checkpoint."""
-        now = self.remembers(of_stepper(stepper), before["said"])
-        return float(forgetting.compare(before["forgetting"], now)["kl_nats"])
+    def on_the_way(self, subject: Subject, before: Mapping[str, Any] | None) -> dict[str, float]:
+        """Figures of an evaluation while it trains, with the one that chooses the weights, which may cost answers. Collective."""
+        found = brief(self.figures(subject)) or {}
+        best = self.settings.best
+        if best in ("kl", "general") and before:
+            now = forgetting.compare(before["forgetting"], self.remembers(subject, before["said"]))
+            found |= {"kl": float(now["kl_nats"]), "general": float(now["general"]["after"])}
+        if best in self.settings.metrics:
+            found[best] = self.task(subject, best)
+        return found
+
+    def task(self, subject: Subject, name: str) -> float:
+        """Mean of a metric over the answers to the held-out prompts; asked on rank 0, or on all where a forward takes all."""
+        prompts, worth = self.held_out.prompts(self.settings.generations), [0.0]
+        if subject.rank == 0 or subject.together:
+            texts = answers(subject, self.tokenizer, prompts, self.settings.max_new_tokens)
+            if subject.rank == 0:
+                decode = lambda ids: str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()  # noqa: E731
+                worth = metrics.values(name, texts, [decode(reference) for _, reference in prompts])
+        return float(subject.total(sum(worth) / len(worth))[0])
 
     def conclude(
         self, before: Mapping[str, Any] | None, after: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
@@ -96,7 +125,8 @@ class Judge:
         out: dict[str, Any] = {"before": brief(before), "after": brief(after), "verdicts": [], "verdict": None}
         found: dict[str, dict[str, Any]] = {}
         if before and "rows" in before:
-            found |= verdict.of_rows(before["rows"], after["rows"])
+            of = verdict.of_rows if self.objective in ONE_TOKEN_LOSS else verdict.of_pairs
+            found |= of(before["rows"], after["rows"])
         for name in self.settings.metrics if samples and before else ():
             answers = [[sample[who] for sample in samples] for who in ("base", "tuned")]
             worth = [metrics.values(name, texts, [sample["reference"] for sample in samples]) for texts in answers]
@@ -133,7 +163,7 @@ class Best:
 
     def see(self, step: int, value: float) -> bool:
         """Whether this is the best so far."""
-        larger = self.name == "accuracy"
+        larger = self.name not in SMALLER
         better = self.value is None or (value > self.value if larger else value < self.value)
         if better:
             self.value, self.step, self.since = value, step, 0

@@ -18,16 +18,19 @@ from ..launcher.schema import Checkpointing, Evaluation
 from . import checkpoint
 from .data import Order, Units, share
 from .evaluate import HeldOut, in_words
-from .judge import Best, Judge, brief
+from .judge import Best, Judge
+from .phases import OTHER
 from .probe import heaviest, probe
 from .progress import Progress
 from .runtime import Runtime
+from .scores import of_stepper
 from .step import Stepper
 from .watchdog import Watchdog, hang_limit_s
 
 # Rows are as wide as a multiple of this: few distinct sizes keep an allocator from filling up with holes of almost the right size
 # (resident memory of the demo grew from 3.0 to 5.6 GiB in 24 steps without it), and matrix products like round ones.
 WIDTH = 64
+NAMED = {"kl": "kl_nats", "general": "general_loss"}  # in metrics.jsonl; the others are of the held-out rows: eval_…
 
 
 @dataclass
@@ -147,16 +150,18 @@ class Loop:
     def evaluate(self, done: int, progress: Progress) -> bool:
         """Whether the figure that counts is the best so far."""
         assert self.judge is not None
-        found = brief(self.judge.figures(self.stepper)) or {}
+        found = self.judge.on_the_way(of_stepper(self.stepper), self.before)
         self.measured = (done, found["loss"])
-        if self.best.name == "kl" and self.before:
-            found["kl"] = self.judge.kl_nats(self.stepper, self.before)
-        named = {f"eval_{key}": value for key, value in found.items() if key not in ("tokens", "kl")}
-        progress.write({"step": done, **named, **({"kl_nats": found["kl"]} if "kl" in found else {})})
-        progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}")
-        if self.best.name not in found:
-            raise RunError(f"evaluation.best: {self.best.name} is not a figure of this objective: {', '.join(found)}.")
-        return self.best.see(done, found[self.best.name])
+        named = {NAMED.get(key, f"eval_{key}"): value for key, value in found.items() if key != "tokens"}
+        progress.write({"step": done, **named})
+        chosen_by = self.best.name
+        if chosen_by not in found:
+            raise RunError(
+                f"the base's figures in {self.runtime.folder.evaluation} are gone, so {chosen_by} cannot be told."
+            )
+        more = f", {chosen_by} {found[chosen_by]:.4g}" if chosen_by not in ("loss", "accuracy", "margin") else ""
+        progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}{more}")
+        return self.best.see(done, found[chosen_by])
 
     def stop_early(self, done: int, progress: Progress) -> None:
         best = self.best
@@ -185,9 +190,15 @@ class Loop:
         kept = self.checkpointing
         write = self.stepper.layout.save
         also = self.best.step if self.evaluation.best != "last" else None
+        memory = self.runtime.memory
+        memory.enter("checkpoint_save")
         self.saver.save(done, write, state, keep=kept.keep, keep_best=kept.keep_best, also=also, background=background)
-        if self.runtime.main and self.saver.seconds:
-            record.update(self.runtime.folder, save_s=round(self.saver.seconds, 3))  # sizes the warning of the next job
+        memory.enter(OTHER)
+        measured = memory.facts(self.runtime.most(*memory.values()))  # of the rank with most
+        if self.runtime.main:
+            # The seconds size the warning of the next job.
+            more = {"save_s": round(self.saver.seconds, 3)} if self.saver.seconds else {}
+            record.update(self.runtime.folder, measured_memory=measured, **more)
 
     def lead_s(self) -> float:
         """Seconds before the end of the job's time at which to save: a step and a save, with room for slower ones."""

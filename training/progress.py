@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..launcher import record
-from .runtime import Runtime, peak_memory_bytes
+from .runtime import Runtime
 
 GIB = 2**30
 WINDOW = 20  # steps over which tokens/s is averaged: long enough to be steady, short enough to follow a change
@@ -40,7 +40,7 @@ class Progress:
         """After optimizer step `step` (counted from 1) that took `seconds`."""
         self.recent.append((int(values["tokens"]), seconds))
         speed = self.tokens_per_s()
-        peak = peak_memory_bytes(self.runtime.device)
+        peak = self.runtime.memory.largest_bytes()
         self.write(
             {
                 "step": step,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from . import load
 from .data import JudgedSet, PairSet, Units
 from .data.intake import digest
-from .data.packing import Rows
 from .data.tables import file_digest
 from .evaluate import evaluating
-from .objectives.base import Batch, per_document, token_logps
+from .objectives import Objective
+from .objectives.base import Batch, moved, per_document, token_logps
+from .scores import Subject, of_stepper
 from .step import Stepper
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def precompute(session: Session, stepper: Stepper) -> tuple[Units, Units | None]
         began = time.monotonic()
         file = cache / f"{key}-{name}.npy"
         missing = stepper.runtime.total(float(not file.exists()))[0] > 0  # a cache that only some nodes see
-        values = _compute(units, stepper, rows, layout) if missing else np.load(file)
+        asked = of_stepper(stepper), stepper.objective
+        values = compute(units, *asked, rows, **layout) if missing else np.load(file)
         if missing and stepper.runtime.main:
             _write(file, values)
         how = f"computed in {time.monotonic() - began:.0f} s" if missing else "read from the cache"
@@ -96,29 +98,38 @@ def precompute(session: Session, stepper: Stepper) -> tuple[Units, Units | None]
     return train, held
 
 
-def _compute(units: PairSet | JudgedSet, stepper: Stepper, rows: Rows, layout: Mapping[str, Any]) -> np.ndarray:
-    """float32 [N, 2], the same on every rank."""
-    runtime, objective, micro = stepper.runtime, stepper.objective, layout["micro_batch"]
+def compute(
+    units: PairSet | JudgedSet,
+    subject: Subject,
+    objective: Objective,
+    rows: Sequence[Sequence[int]],
+    *,
+    packing: bool,
+    pad_id: int,
+    micro_batch: int,
+) -> np.ndarray:
+    """float32 [N, 2] of the units of `rows`, the others 0; the same on every rank."""
     values = torch.zeros(len(units), 2, dtype=torch.float64)
-    for start in range(0, len(rows), micro * runtime.world):  # every rank makes the same number of passes
-        mine = rows[start + runtime.rank * micro : min(start + (runtime.rank + 1) * micro, len(rows))]
-        batch = objective.collate(units, mine, packing=layout["packing"], pad_id=layout["pad_id"], width=None)
+    for start in range(0, len(rows), micro_batch * subject.world):  # every rank makes the same number of passes
+        first = start + subject.rank * micro_batch
+        mine = rows[first : min(first + micro_batch, len(rows))]
+        batch = objective.collate(units, mine, packing=packing, pad_id=pad_id, width=None)
         flat = [i for row in mine for i in row]
         found = [
-            _forward(stepper, part) for part in ([batch, batch["mismatched"]] if "mismatched" in batch else [batch])
+            _forward(subject, part) for part in ([batch, batch["mismatched"]] if "mismatched" in batch else [batch])
         ]
         both = torch.stack(found, dim=1) if len(found) == 2 else found[0].view(-1, 2)
         if flat:
             values[flat] = both.double().cpu()
-    if runtime.world > 1:
-        values = values.to(runtime.device)
+    if subject.world > 1:
+        values = values.to(subject.device)
         torch.distributed.all_reduce(values)
     return values.cpu().to(torch.float32).numpy()
 
 
-def _forward(stepper: Stepper, batch: Batch) -> Tensor:
-    with stepper.autocasting():
-        return _logps(stepper.model, stepper.moved(batch), kernels=stepper.kernels)
+def _forward(subject: Subject, batch: Batch) -> Tensor:
+    with subject.autocasting():
+        return _logps(subject.model, moved(batch, subject.device), kernels=subject.kernels)
 
 
 def _write(file: Path, values: np.ndarray) -> None:

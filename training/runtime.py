@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..launcher import stopping
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
+from .phases import Peaks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -26,6 +27,9 @@ class Runtime:
     plan: Plan
     folder: RunFolder
     accelerator: Accelerator
+
+    def __post_init__(self) -> None:
+        self.memory = Peaks(self.device)
 
     @property
     def rank(self) -> int:
@@ -97,15 +101,6 @@ def tune_cpu() -> None:
     torch.set_flush_denormal(True)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far: allocated on a GPU, resident on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def current_memory_bytes(device: torch.device) -> int:

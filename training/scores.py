@@ -37,7 +37,9 @@ class Subject:
     rank: int = 0
     world: int = 1
     total: Callable[..., list[float]] = lambda *values: [float(v) for v in values]
+    most: Callable[..., list[int]] = lambda *values: [int(v) for v in values]
     rest: Callable[[], None] = lambda: None
+    together: bool = False  # a forward takes all ranks
 
 
 def of_stepper(stepper: Any) -> Subject:
@@ -45,7 +47,8 @@ def of_stepper(stepper: Any) -> Subject:
     runtime = stepper.runtime
     return Subject(
         model=stepper.model, inside=stepper.model_inside(), device=runtime.device, kernels=stepper.kernels,
-        autocasting=stepper.autocasting, rank=runtime.rank, world=runtime.world, total=runtime.total, rest=stepper.layout.rest,
+        autocasting=stepper.autocasting, rank=runtime.rank, world=runtime.world, total=runtime.total, most=runtime.most,
+        rest=stepper.layout.rest, together=stepper.layout.together,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from .judge import Judge
 from .loop import Loop
 from .objectives import make as make_objective
 from .optim import make_optimizer, make_schedule
+from .phases import OTHER
 from .reference import AdaptersOff, Copy, Precomputed, precompute
 from .runtime import Runtime
 from .scores import of_stepper
@@ -55,6 +56,7 @@ class Session:
             raise JobFailed(str(problem)) from None
 
     def attempt(self, until: int | None = None) -> bool:
+        self.runtime.memory.enter("load")
         prepared = self.prepared()
         self.report(prepared)
         # Adapters had to start equal on all ranks; dropout masks from here on must not be.
@@ -105,6 +107,7 @@ class Session:
         )
         prepared.model.train()
         layout = place(prepared, chosen, self.runtime.device, self.make_optimizer)
+        self.runtime.memory.enter(OTHER)
         dtype = compute_dtype(chosen.precision)
         stepper = Stepper(
             runtime=self.runtime,
@@ -125,7 +128,7 @@ class Session:
             packing=config.data.packing,
             order=order,
             held_out=held_out,
-            judge=self.judge(held_out),
+            judge=self.judge(held_out, stepper),
             micro_batch=chosen.micro_batch,
             pad_id=self.pad_id,
             evaluation=config.evaluation,
@@ -172,11 +175,17 @@ class Session:
             max_rows=self.config.evaluation.max_rows,
         )
 
-    def judge(self, held_out: evaluate.HeldOut | None) -> Judge | None:
+    def judge(self, held_out: evaluate.HeldOut | None, stepper: Stepper) -> Judge | None:
         if held_out is None:
             return None
-        settings, name = self.config.evaluation, self.config.objective.name
-        return Judge(tokenizer=self.tokenizer, pad_id=self.pad_id, settings=settings, objective=name, held_out=held_out)
+        return Judge(
+            tokenizer=self.tokenizer,
+            pad_id=self.pad_id,
+            settings=self.config.evaluation,
+            objective=self.config.objective.name,
+            rule=stepper.objective,
+            held_out=held_out,
+        )
 
     @property
     def generations(self) -> int:
@@ -239,7 +248,7 @@ class Session:
         """Held-out figures on all ranks; answers on rank 0, or on all where a forward takes all of them."""
         if loop.held_out is None or loop.judge is None:
             return None
-        found = loop.judge.measure(loop.stepper, before)
+        found = loop.judge.measure(of_stepper(loop.stepper), before)
         if self.runtime.main or loop.stepper.layout.together:
             prompts = loop.held_out.prompts(self.generations)
             found["answers"] = evaluate.answers(

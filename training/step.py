@@ -11,7 +11,6 @@ import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -19,9 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..strategies.layouts import Layout
 from .objectives import Objective, Outcome
+from .objectives.base import Batch, moved, with_divergence
+from .phases import OTHER
 from .runtime import Runtime
-
-Batch = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ class Stepper:
 
         Raises FloatingPointError when the loss or the gradient is not finite: before the weights are touched.
         """
+        self.runtime.memory.enter("forward_backward")
         tokens = sum(int(b["num_tokens"]) for b in batches)
         trained = sum(int(b["num_trained"]) for b in batches)
         counts = [sum(column) for column in zip(*(self.objective.counts(b) for b in batches), strict=True)]
@@ -71,12 +71,14 @@ class Stepper:
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler):
             raise FloatingPointError(f"loss {mean}, gradient norm {norm}: not finite; the weights were not updated")
         rate = float(self.schedule.get_last_lr()[0])
+        self.runtime.memory.enter("optimizer_step")
         if self.scaler:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
         else:
             self.layout.step()
+        self.runtime.memory.enter(OTHER)
         self.schedule.step()
         figures.pop("perplexity", None)  # of one batch it says nothing that the loss does not
         return StepResult(mean, norm, rate, int(all_tokens), int(all_trained), figures)
@@ -91,30 +93,16 @@ class Stepper:
 
     def with_divergence(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         """The batches, with the estimate over all of them and all ranks where the objective needs one."""
-        if not self.objective.estimates:
-            return batches
-        batches, parts = list(batches), [torch.zeros(2, device=self.runtime.device)]
+        device, total = self.runtime.device, self.runtime.total
         with torch.no_grad(), self.autocasting():
-            for batch in batches:
-                parts.append(self.objective.divergence(self.model, self.moved(batch), kernels=self.kernels))
-        summed, count = self.runtime.total(*torch.stack(parts).double().sum(0).tolist())
-        divergence = torch.tensor(max(summed / max(count, 1), 0.0), dtype=torch.float32)
-        return [{**batch, "divergence": divergence} for batch in batches]
+            return with_divergence(
+                self.objective, self.model, batches, device=device, kernels=self.kernels, total=total
+            )
 
     def loss(self, batch: Batch) -> Outcome:
         """The objective on one micro-batch on this device."""
         with self.autocasting():
-            return self.objective(self.model, self.moved(batch), kernels=self.kernels)
-
-    def moved(self, batch: Batch) -> dict[str, Any]:
-        """The batch with its tensors on this device."""
-
-        def move(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(self.runtime.device, non_blocking=True)
-            return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
-
-        return {k: move(v) for k, v in batch.items()}
+            return self.objective(self.model, moved(batch, self.runtime.device), kernels=self.kernels)
 
     @property
     def model(self) -> torch.nn.Module:

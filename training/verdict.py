@@ -59,6 +59,15 @@ def of_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, di
     }
 
 
+def of_pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Accuracy, and margin where a row has two sides, of two models on the same held-out pairs, as `held_out_loss` gives them. A
+    tie counts half, so a model that has not moved from its reference stands at one half."""
+    assert before["sample"] == after["sample"], "the two models were asked different pairs"
+    names = [name for name in before if name != "sample"]
+    ones = [1.0] * len(before["sample"])
+    return {name: ratio(before[name], after[name], ones, lower_is_better=False) for name in names}
+
+
 def sentence(name: str, found: Mapping[str, Any]) -> str:
     if found["difference"] is None:
         return f"{name}: too few rows to compare"
@@ -69,5 +78,7 @@ def sentence(name: str, found: Mapping[str, Any]) -> str:
 
 
 def overall(verdicts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The run's verdict is that of its loss, which training lowers and every row has."""
-    return str(verdicts["loss"]["verdict"]) if "loss" in verdicts else SAME
+    """That of the loss, which training lowers and every row has; of pairs, whose losses of different objectives say little, that of
+    the accuracy."""
+    first = next((name for name in ("loss", "accuracy") if name in verdicts), None)
+    return str(verdicts[first]["verdict"]) if first else SAME

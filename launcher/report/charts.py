@@ -1,59 +1,25 @@
-"""The figures of one run, as plotly's own JSON: each with an id, a title, a sentence for those who cannot see it, and its table.
+"""The figures of one run: loss, learning rate, gradient, speed, attempts, lengths; those of memory are in `charts_memory.py`.
 
-Colours are names that page.js turns into those of the light or dark page. Left out: plotly itself, which draws in the browser.
+What a figure is stands in `figure.py`. Left out: several runs (`compare.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from .collect import GIB, Run, attempt_seconds
+from .charts_memory import memory, phases
+from .collect import Run, attempt_seconds
+from .figure import Chart, axes, line, plain, sampled
 
+VERDICTS = {"better": "good", "worse": "bad"}
+NO_SHARES = ("loss", "perplexity", "bits_per_byte", "margin", "reward_chosen", "reward_rejected", "tokens")
 STATES = {"SUCCEEDED": "good", "RUNNING": "first", "CANCELLED": "muted", "PREEMPTED": "second", "PENDING": "muted"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    id: str
-    title: str
-    alt: str
-    data: list[dict[str, Any]]
-    layout: dict[str, Any] = field(default_factory=dict)
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-    note: str = ""
-
-    def figure(self) -> dict[str, Any]:
-        return {"id": self.id, "data": self.data, "layout": self.layout}
-
-
 def of_run(run: Run) -> list[Chart]:
-    made = (loss(run), rate(run), gradient(run), speed(run), timeline(run), memory(run), lengths(run))
+    made = (loss(run), rate(run), gradient(run), speed(run), timeline(run), compared(run), evaluations(run))
+    made += (phases(run), memory(run), lengths(run))
     return [chart for chart in made if chart is not None]
-
-
-def line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any) -> dict[str, Any]:
-    mode = "lines+markers" if len(x) < 30 else "lines"
-    return {
-        "type": "scatter",
-        "mode": mode,
-        "name": plain(name),
-        "x": list(x),
-        "y": list(y),
-        "line": {"color": colour, "width": 2},
-        **more,
-    }
-
-
-def plain(text: str) -> str:
-    """Plotly takes some tags in names and labels; a user's words are not tags."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
-    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, **more}
 
 
 def restarts(run: Run) -> list[dict[str, Any]]:
@@ -132,6 +98,7 @@ def speed(run: Run) -> Chart | None:
     values = [s["tokens_per_s"] for s in found]
     data = [line("tokens/s", [s["step"] for s in found], values, "first")]
     layout = axes("step", "tokens per second", showlegend=False)
+    layout["yaxis"]["tickformat"] = ",.4~r"
     planned = (run.chosen.get("time") or {}).get("tokens_per_s")
     alt = f"Tokens per second over {len(found)} steps: {values[-1]:,.0f} at the end, at most {max(values):,.0f}"
     columns, rows = ["step", "tokens/s"], [[s["step"], f"{s['tokens_per_s']:,.0f}"] for s in sampled(found)]
@@ -207,57 +174,82 @@ def timeline(run: Run) -> Chart | None:
     )
 
 
-def memory(run: Run) -> Chart | None:
-    """Predicted parts of the peak as one stacked bar beside what was measured."""
-    predicted = (run.chosen.get("memory") or {}).get("components") or {}
-    measured = max((s.get("peak_memory_bytes", 0) for s in run.steps), default=0) / GIB
-    if not predicted:
+def compared(run: Run) -> Chart | None:
+    """Base against tuned: each figure's change as a share of the base's, with its interval; beside the table of the figures."""
+    found = {
+        name.replace("_", " "): one
+        for name, one in ((run.record.get("evaluation") or {}).get("compared") or {}).items()
+        if one["difference"] is not None and one["before"]
+    }
+    if not found:
         return None
-    parts = sorted(((k, v) for k, v in predicted.items() if v > 0.005), key=lambda item: -item[1])
-    shades = ("first", "second", "third", "fourth", "fifth", "muted", "good")
-    data: list[dict[str, Any]] = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "name": k.replace("_", " "),
-            "y": ["predicted"],
-            "x": [v],
-            "marker": {"color": shades[i % 7]},
-        }
-        for i, (k, v) in enumerate(parts)
-    ]
-    if measured:
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": "measured peak",
-                "y": ["measured"],
-                "x": [measured],
-                "marker": {"color": "ink"},
-            }
+    share = lambda one, key: 100 * one[key] / abs(one["before"])  # noqa: E731
+    colours = [VERDICTS.get(one["verdict"], "muted") for one in found.values()]
+    middle = [share(one, "difference") for one in found.values()]
+    bars = {
+        "type": "data", "symmetric": False, "color": "ink", "thickness": 2,
+        "array": [share(one, "high") - at for one, at in zip(found.values(), middle, strict=True)],
+        "arrayminus": [at - share(one, "low") for one, at in zip(found.values(), middle, strict=True)],
+    }  # fmt: skip
+    data = {
+        "type": "bar", "orientation": "h", "name": "change", "y": [plain(name) for name in found], "x": middle,
+        "marker": {"color": colours}, "error_x": bars,
+    }  # fmt: skip
+    rows = [
+        (
+            name,
+            f"{share(one, 'difference'):+.1f} %",
+            f"{share(one, 'low'):+.1f} to {share(one, 'high'):+.1f} %",
+            one["verdict"],
         )
-    total = sum(v for _, v in parts)
-    usable = run.chosen["memory"].get("usable_gib")
-    alt = (
-        f"Predicted memory of a rank: {total:.2f} GiB in {len(parts)} parts, largest {parts[0][0] if parts else 'none'}"
-    )
-    alt += f"; measured peak {measured:.2f} GiB" if measured else ""
-    rows = [(k.replace("_", " "), f"{v:.3f}") for k, v in parts] + [("predicted, sum", f"{total:.3f}")]
-    rows += [("measured peak", f"{measured:.3f}")] if measured else []
-    note = f"{usable:.1f} GiB are usable." if usable else ""
-    if run.chosen.get("device") == "cpu" and measured:
-        note += " On a CPU the measured number is the whole process, libraries included."
-    layout = {"barmode": "stack", "xaxis": {"title": {"text": "GiB per rank"}}, "height": 300}
+        for name, one in found.items()
+    ]
+    said = ", ".join(f"{row[0]} {row[1]} ({row[3]})" for row in rows)
     return Chart(
-        id="memory",
-        title="Memory",
-        alt=alt + ".",
-        data=data,
-        layout=layout,
-        columns=("part", "GiB"),
+        id="compared",
+        title="Base against tuned",
+        alt=f"Change from base to tuned on the held-out rows: {said}.",
+        data=[data],
+        layout={
+            "xaxis": {"title": {"text": "change in % of the base's figure"}},
+            "yaxis": {"autorange": "reversed"},
+            "height": 120 + 40 * len(rows),
+        },
+        columns=("figure", "change", "95% interval", "verdict"),
         rows=rows,
-        note=note.strip(),
+        note="Green is better, red is worse, grey cannot be told apart; the thin lines are 95% intervals.",
+    )
+
+
+def evaluations(run: Run) -> Chart | None:
+    """The held-out shares while it trains: accuracy, and metrics of answers where one chooses the weights."""
+    shares: dict[str, list[tuple[int, float]]] = {}
+    for values in run.evaluations:
+        for key, value in values.items():
+            name = key.removeprefix("eval_")
+            if key.startswith("eval_") and name not in NO_SHARES and isinstance(value, (int, float)):
+                shares.setdefault(name.rpartition(":")[2], []).append((values["step"], value))
+    before = (run.figures.get("before") or {}).get("accuracy")
+    if before is not None and "accuracy" in shares:
+        shares["accuracy"].insert(0, (0, before))
+    if not shares:
+        return None
+    colours = ("first", "second", "third", "fourth", "fifth")
+    data = [
+        line(name, *zip(*points, strict=True), colours[i % 5], mode="lines+markers")  # type: ignore[arg-type]
+        for i, (name, points) in enumerate(shares.items())
+    ]
+    said = [f"{name} goes from {points[0][1]:.1%} to {points[-1][1]:.1%}" for name, points in shares.items()]
+    rows = [(name, step, f"{value:.2%}") for name, points in shares.items() for step, value in points]
+    return Chart(
+        id="evaluations",
+        title="Held-out accuracy while it trains",
+        alt=f"On the held-out rows {', '.join(said)}.",
+        data=data,
+        layout=axes("step", "share", showlegend=len(data) > 1)
+        | {"yaxis": {"title": {"text": "share"}, "tickformat": ".0%"}},
+        columns=("figure", "step", "share"),
+        rows=rows,
     )
 
 
@@ -281,10 +273,3 @@ def lengths(run: Run) -> Chart | None:
         columns=("tokens", "samples"),
         rows=[(n, c) for n, (_, c) in zip(names, found, strict=True)],
     )
-
-
-def sampled(steps: Sequence[dict[str, Any]], most: int = 25) -> list[dict[str, Any]]:
-    """Rows for a table that a person reads."""
-    if len(steps) <= most:
-        return list(steps)
-    return [steps[round(i * (len(steps) - 1) / (most - 1))] for i in range(most)]

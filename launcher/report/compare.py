@@ -10,8 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from .charts import Chart, axes, line, plain
 from .collect import Run
+from .figure import Chart, axes, line, plain
 
 FEWEST = 6
 SETTINGS = {

@@ -153,6 +153,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters["duration"] = duration
+    made.filters["zip"] = zip
     return made
 
 

@@ -127,3 +127,42 @@ def test_eval_of_the_saved_model_says_what_the_run_said(run: Path, capsys: pytes
     assert {"exact_match", "compiles"} <= set(now["compared"])
     assert cli.main(["eval", str(run), "--metrics", "exact"]) == 2
     assert "did you mean 'exact_match'" in capsys.readouterr().err
+
+
+def test_lm_evaluation_harness_runs_a_task_of_the_user_s_on_the_saved_model(
+    run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two answers a row; the reference is the likelier one by PEFT's model in float64."""
+    pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
+    import json
+
+    from peft import PeftModel
+
+    choices = [[f" {a} river", f" {b} stone"] for a in ("north", "amber", "willow") for b in ("copper", "lantern")]
+    rows = [{"question": f"{i} north", "choices": pair, "answer": i % 2} for i, pair in enumerate(choices)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "mine", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    assert cli.main(["eval", str(run), "--harness", str(tmp_path / "mine.yaml")]) == 0
+    found = json.loads((run / "run.json").read_text())["evaluation"]["harness"]
+
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    model = PeftModel.from_pretrained(base, str(run / "model")).double()
+    right = []
+    for row in rows:
+        said = []
+        for choice in row["choices"]:
+            prompt, ids = (tokenizer(text).input_ids for text in (row["question"], row["question"] + choice))
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            said.append(float(logp.gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum()))
+        right.append(said.index(max(said)) == row["answer"])
+    assert found["mine/acc,none"] == pytest.approx(sum(right) / len(right)) and found["mine/acc_stderr,none"] > 0
+    capsys.readouterr()
+    assert cli.main(["eval", str(run), "--harness", str(tmp_path / "no.yaml")]) == 2
+    assert "does not exist" in capsys.readouterr().err

@@ -101,6 +101,45 @@ def test_training_stops_early_and_the_best_weights_become_the_model(
     assert found["evaluation"]["after"]["loss"] == losses[best]
 
 
+@pytest.mark.parametrize("best", ["kl", "general", "letters"])
+def test_the_best_weights_by_what_was_forgotten_or_by_a_metric_of_answers(
+    train: Callable[..., tuple[RunFolder, str | None]], tmp_path: Path, best: str
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def letters(answer, reference):\n    return sum(c in 'aeiou' for c in answer) / max(len(answer), 1)\n"
+    )
+    name = f"{tmp_path}/mine.py:letters" if best == "letters" else best
+    changes = {"optimization.max_steps": 12, "optimization.learning_rate": 5e-3, "evaluation.every": 3}
+    changes |= {"evaluation.metrics": [f"{tmp_path}/mine.py:letters"], "evaluation.generations": 4}
+    folder, failed = train({**changes, "evaluation.best": name, "checkpointing.keep": 1})
+    assert failed is None
+    key = {"kl": "kl_nats", "general": "general_loss"}.get(best, f"eval_{name}")
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    seen = {line["step"]: line[key] for line in lines if key in line}
+    assert list(seen) == [3, 6, 9, 12] and len(set(seen.values())) > 1
+    chosen = record.read(folder)["best"]["step"]
+    assert seen[chosen] == (max if best == "letters" else min)(seen.values())
+    after = json.loads(folder.evaluation.read_text())
+    now = {
+        "kl": after["forgetting"]["kl_nats"],
+        "general": after["forgetting"]["general"]["after"],
+        "letters": np.mean(metrics.values(changes["evaluation.metrics"][0], after["after"]["answers"], [""] * 4)),
+    }
+    assert now[best] == pytest.approx(seen[chosen], rel=1e-6)  # the model that was kept is the one that had that figure
+
+
+def test_a_best_figure_that_there_is_not_is_refused(tiny_config: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for changes, says in (
+        ({"evaluation.best": "margin"}, "no figure of the objective sft"),
+        ({"evaluation.best": "rouge"}, "not among metrics"),
+        ({"evaluation.best": "json", "evaluation.metrics": ["json"], "evaluation.generations": 0}, "generations is 0"),
+        ({"evaluation.best": "general", "evaluation.forgetting": 1}, "two general prompts"),
+    ):
+        with pytest.raises(UserError, match=says):
+            api.begin(tiny_config(changes, output=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_estimate_of_kl_is_the_exact_one(tiny_model: Path) -> None:
     """Over many sampled answers it comes near the sum over the vocabulary, position by position."""
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ computes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,15 +19,18 @@ from ..data import Units
 from ..data.collate import IGNORE, Sample, collate
 
 Batch = Mapping[str, Any]
+Total = Callable[..., list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """`sums` [K] fp32, with a gradient: the parts of the loss, each summed over the micro-batch; part k is to be divided by
-    count k of the whole global batch. `tally` [M] fp32, without: sums that `figures` makes numbers for people of."""
+    count k of the whole global batch. `tally` [M] fp32, without: sums that `figures` makes numbers for people of. `each` [N, C],
+    without: of every pair or row, what the objective's `columns` name."""
 
     sums: Tensor
     tally: Tensor
+    each: Tensor
 
 
 class Objective(Protocol):
@@ -35,6 +38,7 @@ class Objective(Protocol):
 
     reference: Any
     estimates: bool  # whether the loss of each row needs an estimate over the whole global batch: `divergence`
+    columns: tuple[str, ...]  # of `Outcome.each`, by which two models are compared pair by pair; larger is better
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
@@ -53,6 +57,38 @@ class Objective(Protocol):
 
     def figures(self, means: Sequence[float], counts: Sequence[float], tally: Sequence[float]) -> dict[str, float]:
         """Numbers for people, from means and counts over all ranks and the summed tallies."""
+
+
+def moved(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        return {k: move(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    return {k: move(v) for k, v in batch.items()}
+
+
+def with_divergence(
+    objective: Objective,
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    kernels: bool,
+    total: Total,
+) -> Iterable[Batch]:
+    """The batches, with the estimate over all of them and all ranks where the objective needs one. Called without gradients, in
+    the precision of the run; `total` sums numbers over ranks."""
+    if not objective.estimates:
+        return batches
+    batches, parts = list(batches), [torch.zeros(2, device=device)]
+    for batch in batches:
+        parts.append(objective.divergence(model, moved(batch, device), kernels=kernels))
+    summed, count = total(*torch.stack(parts).double().sum(0).tolist())
+    divergence = torch.tensor(max(summed / max(count, 1), 0.0), dtype=torch.float32)
+    return [{**batch, "divergence": divergence} for batch in batches]
 
 
 def token_logps(model: nn.Module, batch: Batch, *, kernels: bool) -> Tensor:

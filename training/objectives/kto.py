@@ -25,6 +25,7 @@ class Kto:
         self.weights = (settings.desirable_weight, settings.undesirable_weight)
         self.reference: Any = None
         self.estimates = True
+        self.columns = ("accuracy",)  # a margin is between two sides, and these rows have one
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
@@ -59,7 +60,7 @@ class Kto:
         right = losses.won(sign * rewards, sign * self.beta * divergence)
         good = wanted.float()
         tally = [right.sum(), good.sum(), (rewards * good).sum(), (rewards * (1 - good)).sum()]
-        return Outcome(sums=loss[None], tally=torch.stack(tally))
+        return Outcome(sums=loss[None], tally=torch.stack(tally), each=right[:, None])
 
     def figures(self, means: Sequence[float], counts: Sequence[float], tally: Sequence[float]) -> dict[str, float]:
         right, good, chosen, rejected = tally

@@ -21,6 +21,7 @@ class Language:
     def __init__(self, settings: Settings):
         self.reference: Any = None
         self.estimates = False
+        self.columns: tuple[str, ...] = ()  # its held-out rows are scored token by token (`scores.py`)
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
@@ -36,7 +37,7 @@ class Language:
 
     def __call__(self, model: nn.Module, batch: Batch, *, kernels: bool) -> Outcome:
         loss = -token_logps(model, batch, kernels=kernels).sum()
-        return Outcome(sums=loss[None], tally=torch.empty(0, device=loss.device))
+        return Outcome(sums=loss[None], tally=torch.empty(0, device=loss.device), each=torch.empty(0, 0))
 
     def figures(self, means: Sequence[float], counts: Sequence[float], tally: Sequence[float]) -> dict[str, float]:
         return {"perplexity": math.exp(min(means[0], 700.0))}

@@ -20,6 +20,8 @@ from ..data.collate import IGNORE
 from . import losses
 from .base import Batch, Outcome, document_batch, per_document, token_logps
 
+PAIR_COLUMNS = ("accuracy", "margin")
+
 
 class Pairs:
     def __init__(self, settings: Settings):
@@ -29,6 +31,7 @@ class Pairs:
         self.sft_weight = settings.sft_weight_value
         self.reference: Any = None
         self.estimates = False
+        self.columns = PAIR_COLUMNS
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
@@ -68,8 +71,7 @@ class Pairs:
         sums = [self._pair_losses(chosen, rejected).sum()]
         sums.append(self.sft_weight * -per_document(logp, batch)[0::2].sum() if self.sft_weight else logp.sum() * 0)
         rewards = self.beta * chosen.detach(), self.beta * rejected.detach()
-        tally = [losses.won(*rewards).sum(), rewards[0].sum(), rewards[1].sum()]
-        return Outcome(sums=torch.stack(sums), tally=torch.stack(tally))
+        return Outcome(sums=torch.stack(sums), **pair_tally(*rewards))
 
     def _pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         if self.name == "orpo":
@@ -80,6 +82,15 @@ class Pairs:
 
     def figures(self, means: Sequence[float], counts: Sequence[float], tally: Sequence[float]) -> dict[str, float]:
         return pair_figures(counts[0], tally)
+
+
+def pair_tally(chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    """`tally` and `each` of an Outcome from the rewards [P] of both sides."""
+    won = losses.won(chosen, rejected)
+    return {
+        "tally": torch.stack([won.sum(), chosen.sum(), rejected.sum()]),
+        "each": torch.stack([won, chosen - rejected], dim=1),
+    }
 
 
 def pair_figures(pairs: float, tally: Sequence[float]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ...launcher.schema import Objective as Settings
 from ..data import Units
 from . import losses
 from .base import Batch, Outcome, document_batch
-from .pairs import pair_figures
+from .pairs import PAIR_COLUMNS, pair_figures, pair_tally
 
 
 class Reward:
@@ -25,6 +25,7 @@ class Reward:
         self.center = settings.center
         self.reference: Any = None
         self.estimates = False
+        self.columns = PAIR_COLUMNS
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
@@ -48,8 +49,7 @@ class Reward:
         ).logits.float()
         chosen, rejected = scores[0::2], scores[1::2]
         loss = losses.bradley_terry(chosen, rejected, self.center).sum()
-        seen = chosen.detach(), rejected.detach()
-        return Outcome(sums=loss[None], tally=torch.stack([losses.won(*seen).sum(), seen[0].sum(), seen[1].sum()]))
+        return Outcome(sums=loss[None], **pair_tally(chosen.detach(), rejected.detach()))
 
     def figures(self, means: Sequence[float], counts: Sequence[float], tally: Sequence[float]) -> dict[str, float]:
         return pair_figures(counts[0], tally)

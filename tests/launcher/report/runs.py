@@ -76,9 +76,19 @@ def write(
             file.write(json.dumps(line) + "\n")
             if step % 10 == 0:
                 file.write(
-                    json.dumps({"step": step, "eval_loss": loss + 0.1, "eval_perplexity": math.exp(loss)}) + "\n"
+                    json.dumps(
+                        {
+                            "step": step,
+                            "eval_loss": loss + 0.1,
+                            "eval_perplexity": math.exp(loss),
+                            "eval_accuracy": 1 / loss,
+                        }
+                    )
+                    + "\n"
                 )
-    record.update(folder, step=steps)
+    peaks = {"load": 1.1, "forward_backward": 8.9, "optimizer_step": 6.2, "checkpoint_save": 5.9}
+    measured = {"what": "allocated", "by_phase": True, "before_gib": 0.0, "phases_gib": peaks}
+    record.update(folder, step=steps, measured_memory=measured)
     if state == JobState.RUNNING:
         return folder
     before, after = (
@@ -109,7 +119,12 @@ def write(
         {"prompt": f"{prompt} {i}", "base": prompt, "tuned": f"answer {word}", "reference": "ref"}
         for i, word in enumerate(("alpha", "beta", "gamma"))
     ]
-    record.update(folder, evaluation=evaluation, kernels={"applied": True, "note": prompt})
+    kernels = {
+        "applied": True, "backend": "triton", "loss": "token_loss", "attention": prompt, "sharding": "none",
+        "launch_table_hash": "ab12", "fused": [{"module": "LlamaRMSNorm", "op": "rms_norm", "count": 48}],
+        "skipped": [{"module": "Linear", "reason": prompt, "count": 1, "example": "lm_head"}],
+    }  # fmt: skip
+    record.update(folder, evaluation=evaluation, kernels=kernels)
     folder.evaluation.write_text(json.dumps({"before": before, "after": after, "samples": samples, **evaluation}))
     record.end_attempt(folder, state, 0, None)
     record.update(folder, attempt={"ended": "2026-01-05T12:30:00+0000"})

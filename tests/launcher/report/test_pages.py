@@ -23,7 +23,7 @@ from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.launcher.ui import Server
 
 HOSTILE = "</script><script>window.owned = 1</script> <img src=x onerror='window.owned=2'> & \"q\" {{ 7*7 }} \u2028"
-CHARTS = {"loss", "speed", "rate", "gradient", "timeline", "memory", "lengths"}
+CHARTS = {"loss", "speed", "rate", "gradient", "timeline", "compared", "evaluations", "phases", "memory", "lengths"}
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_a_report_draws_every_chart_and_says_nothing(
     assert browser.script("document.documentElement.dataset.theme") == ("dark" if dark else "light")
     assert [url for url in browser.asked() if not url.startswith(("file:", "data:", "blob:"))] == []
     labels = browser.script("[...document.querySelectorAll('.plot')].map(p => p.getAttribute('aria-label'))")
-    assert len(labels) == 7 and all(len(label) > 30 for label in labels)
+    assert len(labels) == 10 and all(len(label) > 30 for label in labels)
     assert browser.script(
         "[...document.querySelectorAll('figure.chart')].every(f => f.querySelector('details table tbody tr td'))"
     )

@@ -19,6 +19,7 @@ def measure(root: Path) -> list[dict[str, float]]:
     from trebuchet.training.data import share
     from trebuchet.training.evaluate import held_out_loss
     from trebuchet.training.runtime import Runtime
+    from trebuchet.training.scores import of_stepper
     from trebuchet.training.session import Session
 
     folder = RunFolder(Path(root))
@@ -31,7 +32,9 @@ def measure(root: Path) -> list[dict[str, float]]:
         result = loop.stepper.step([loop.batch(part) for part in parts])
         found.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.figures})
     assert loop.held_out is not None
-    return [*found, held_out_loss(loop.stepper, loop.held_out, loop.pad_id)]
+    held = held_out_loss(of_stepper(loop.stepper), loop.stepper.objective, loop.held_out, loop.pad_id)
+    rows = held.pop("rows")
+    return [*found, held | {f"{name} {i}": value for name, column in rows.items() for i, value in enumerate(column)}]
 
 
 def main(out: str, *roots: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trebuchet.launcher import api, record, worker
+from trebuchet.launcher import api, cli, record, worker
+from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.launcher.run_text import comparison
 
 from ...conftest import WORDS, write_jsonl
@@ -30,17 +31,24 @@ def taste(count: int, start: int = 0, *, single: bool = False) -> list[dict[str,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "method"), [("dpo", "lora"), ("kto", "full"), ("reward", "lora"), ("orpo", "full")]
+    ("objective", "method", "best"),
+    [
+        ("dpo", "lora", "accuracy"),
+        ("kto", "full", "loss"),
+        ("reward", "lora", "margin"),
+        ("orpo", "full", "last"),
+        ("dpo", "full", "last"),
+    ],
 )
-def test_a_run_raises_the_held_out_accuracy(
-    tiny_config: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, method: str
+def test_a_run_raises_the_held_out_accuracy_and_eval_says_the_same(
+    tiny_config: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, method: str, best: str
 ) -> None:
     changes = {
         "data.train": str(write_jsonl(tmp_path / "train.jsonl", taste(60, single=objective == "kto"))),
         "data.eval": str(write_jsonl(tmp_path / "eval.jsonl", taste(20, 100, single=objective == "kto"))),
         "objective": objective, "strategy.method": method, "optimization.learning_rate": 3e-3,
         "optimization.global_batch_size": 4, "optimization.max_steps": 40, "evaluation.every": 20, "evaluation.generations": 1,
-        "tracking": [],
+        "tracking": [], "evaluation.best": best,
     }  # fmt: skip
     folder, plan = api.begin(tiny_config(changes, output=str(tmp_path / "run")))
     folder.logs.mkdir()
@@ -53,11 +61,33 @@ def test_a_run_raises_the_held_out_accuracy(
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     assert all({"loss", "accuracy", "margin"} <= line.keys() for line in lines if "loss" in line)
     measured = [line for line in lines if "eval_loss" in line]
-    assert [line["step"] for line in measured] == [20, 40] and measured[1]["eval_accuracy"] == after["accuracy"]
+    assert [line["step"] for line in measured] == [20, 40]
+    chosen = 1
+    if best != "last":
+        values = [line[f"eval_{best}"] for line in measured]
+        chosen = values.index(min(values) if best == "loss" else max(values))
+        assert record.read(folder)["best"]["step"] == measured[chosen]["step"]
+    assert measured[chosen]["eval_accuracy"] == after["accuracy"]
+    assert found["verdict"] == found["compared"]["accuracy"]["verdict"] == "better"
+    _asked_again(folder)
     table = "\n".join(comparison(json.loads(folder.evaluation.read_text())))
     assert f"{before['accuracy']:.1%}" in table and f"{after['accuracy']:.1%}" in table and "margin" in table
     if objective == "reward":
         _opens_as_a_classifier(folder.model, plan.model.path)
+
+
+def _asked_again(folder: RunFolder) -> None:
+    """`trebuchet eval` opens both models with transformers and PEFT, without the kernel layer, and computes its own reference."""
+    was = json.loads(folder.evaluation.read_text())
+    assert cli.main(["eval", str(folder.root)]) == 0
+    now = json.loads(folder.evaluation.read_text())
+    for when in ("before", "after"):
+        assert now[when]["rows"]["sample"] == was[when]["rows"]["sample"]
+        assert now[when]["rows"]["accuracy"] == was[when]["rows"]["accuracy"]
+        mine, theirs = now[when]["rows"].get("margin", [0]), was[when]["rows"].get("margin", [0])
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)  # fp32 sums in another order, through two layers
+        assert now[when]["accuracy"] == pytest.approx(sum(now[when]["rows"]["accuracy"]) / 20)
+    assert now["verdict"] == "better" and now["compared"]["accuracy"]["rows"] == 20
 
 
 def _opens_as_a_classifier(folder: Path, base: str | None) -> None:
