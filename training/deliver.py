@@ -21,6 +21,7 @@ import yaml
 from ..launcher import record
 from ..launcher.errors import RunError
 from . import gguf_file, proof
+from .adapter import digests
 from .card import write_card
 from .export import readable
 from .finished import Finished
@@ -61,6 +62,8 @@ def export(run: Finished, kind: str, output: Path, *, quant: str = "f16") -> lis
         os.replace(beside, output)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+    exports = {**(run.record.get("exports") or {}), kind: {"file": str(output), "files": digests(output)}}
+    record.update(run.folder, exports=exports)
     return lines
 
 

@@ -1,7 +1,8 @@
 """A Llama-shaped model folder as one GGUF file, f16 or q8_0, written with the `gguf` package and read back before it is believed.
 
-Matrices are stored in the type asked for, vectors in f32; query and key rows are interleaved the way GGUF wants them. Left out, and
-refused: other architectures, scaled rotary frequencies, biases, tokenizers that are not byte-level BPE.
+Llama and Mistral are GGUF's llama, whose query and key rows are interleaved; Qwen2 and Qwen3 have names of their own and keep their
+rows. Matrices are stored in the type asked for, vectors in f32. Left out, and refused: other architectures, scaled rotary frequencies,
+sliding windows, biases of a llama, tokenizers that are not byte-level BPE.
 """
 
 from __future__ import annotations
@@ -16,6 +17,13 @@ from ..launcher.errors import ModelError, UserError
 from . import proof
 from .streamed import Weights, skeleton
 
+# Class in transformers -> (architecture in GGUF, how its tokenizer splits words before BPE)
+ARCHITECTURES = {
+    "LlamaForCausalLM": ("llama", "default"),
+    "MistralForCausalLM": ("llama", "default"),
+    "Qwen2ForCausalLM": ("qwen2", "qwen2"),
+    "Qwen3ForCausalLM": ("qwen3", "qwen2"),
+}
 TYPES = {"f16": "F16", "q8_0": "Q8_0"}
 # Largest relative difference of the logits that is the type's own rounding: 11 bits of f16, 8 bits with a scale for 32 of q8_0.
 TOLERANCE = {"f16": 5e-3, "q8_0": 1e-1}
@@ -58,8 +66,8 @@ def _write(folder: Path, output: Path, kind: str) -> None:
         raise UserError("GGUF files need a package: `pip install gguf`.") from None
     model = skeleton(folder)
     config = model.config
-    refuse(model, folder)
-    writer = gguf.GGUFWriter(output, "llama")
+    architecture, splitting = refuse(model, folder)
+    writer = gguf.GGUFWriter(output, architecture)
     rope = getattr(config, "rope_parameters", None) or {}
     writer.add_name(folder.parent.name)
     writer.add_context_length(config.max_position_embeddings)
@@ -69,20 +77,24 @@ def _write(folder: Path, output: Path, kind: str) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim or config.hidden_size // config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(int(gguf.LlamaFileType.MOSTLY_F16 if kind == "f16" else gguf.LlamaFileType.MOSTLY_Q8_0))
-    _tokenizer(writer, folder, config.vocab_size, gguf)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    _tokenizer(writer, folder, config.vocab_size, splitting, gguf)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
     weights = Weights(folder, model)
     wanted = getattr(gguf.GGMLQuantizationType, TYPES[kind])
     for name, _ in model.named_parameters():
         if name in weights.tied and config.tie_word_embeddings:
             continue
-        values = interleaved(name, weights.get(name).numpy(), config)
+        values = weights.get(name).numpy()
+        values = interleaved(name, values, config) if architecture == "llama" else values
         stored = wanted if values.ndim > 1 and values.shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F32
-        target = names.get_name(name, try_suffixes=(".weight",))
+        target = names.get_name(name, try_suffixes=(".weight", ".bias"))
         writer.add_tensor(target, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -90,15 +102,23 @@ def _write(folder: Path, output: Path, kind: str) -> None:
     writer.close()
 
 
-def refuse(model: Any, folder: Path) -> None:
+def refuse(model: Any, folder: Path) -> tuple[str, str]:
+    """(architecture, splitting) of ARCHITECTURES. Raises ModelError for what would be written wrongly."""
     config = model.config
-    if type(model).__name__ != "LlamaForCausalLM":
-        raise ModelError(f"GGUF is written for Llama-shaped models; {folder} holds a {type(model).__name__}.")
+    if type(model).__name__ not in ARCHITECTURES:
+        raise ModelError(
+            f"GGUF is written for Llama-shaped models (Llama, Mistral, Qwen2, Qwen3); {folder} holds a {type(model).__name__}."
+        )
+    found = ARCHITECTURES[type(model).__name__]
     kind = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if kind != "default":
         raise ModelError(f"the rotary frequencies of {folder} are scaled ({kind}), which this export does not write.")
-    if any(name.endswith(".bias") for name, _ in model.named_parameters()):
-        raise ModelError(f"{folder} has biases, which this export does not write.")
+    if found[0] == "llama" and any(name.endswith(".bias") for name, _ in model.named_parameters()):
+        raise ModelError(f"{folder} has biases, which this export does not write for a {type(model).__name__}.")
+    windows = "sliding_attention" in (getattr(config, "layer_types", None) or [])
+    if windows or (type(model).__name__ == "MistralForCausalLM" and config.sliding_window):
+        raise ModelError(f"{folder} attends within a sliding window, which this export does not write.")
+    return found
 
 
 def interleaved(name: str, values: np.ndarray, config: Any) -> np.ndarray:
@@ -112,7 +132,7 @@ def interleaved(name: str, values: np.ndarray, config: Any) -> np.ndarray:
     )
 
 
-def _tokenizer(writer: Any, folder: Path, size: int, gguf: Any) -> None:
+def _tokenizer(writer: Any, folder: Path, size: int, splitting: str, gguf: Any) -> None:
     """Byte-level BPE from tokenizer.json, with the template."""
     from transformers import AutoTokenizer
 
@@ -124,7 +144,7 @@ def _tokenizer(writer: Any, folder: Path, size: int, gguf: Any) -> None:
     words = {i: word for word, i in tokenizer.get_vocab().items()}
     special = set(tokenizer.all_special_ids)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(splitting)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in range(size)])
     kinds = gguf.TokenType
     writer.add_token_types(

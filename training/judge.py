@@ -137,6 +137,7 @@ class Judge:
         if before and "forgetting" in before and "forgetting" in after:
             out["forgetting"] = forgetting.compare(before["forgetting"], after["forgetting"])
             out["forgetting"]["limit"] = self.settings.max_forgetting
+            out["verdicts"].append(verdict.sentence("loss on general text", out["forgetting"]["general"]))
         return out
 
     def refusal(self, concluded: Mapping[str, Any]) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trebuchet.launcher import api, cli, worker
+from trebuchet.launcher import api, cli, record, worker
 from trebuchet.launcher.errors import JobFailed, ModelError
+from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.training import gguf_file
 
 IDS = torch.arange(3, 43).view(2, 20)
@@ -98,10 +100,64 @@ def test_an_adapter_folder_comes_with_the_lines_that_serve_it(
     assert subprocess.run(["bash", "-n", str(folder / "serve.sh")]).returncode == 0
     ray = yaml.safe_load((folder / "serve.yaml").read_text())["applications"][0]["args"]["llm_configs"][0]
     assert ray["engine_kwargs"]["enable_lora"] and ray["model_loading_config"]["model_source"] == str(tiny_model)
+    kept = record.read(RunFolder(run))["exports"]["adapter"]
+    assert kept["file"] == str(folder) and kept["files"] == record.read(RunFolder(run))["model_files"]
     card = (folder / "README.md").read_text()
     assert "library_name: peft" in card and "held-out" in card and str(tiny_model) not in card
     assert cli.main(["export", str(run), "--format", "adapter"]) == 2  # it is there already
     assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])
+def test_other_llama_shapes_are_read_back(tmp_path: Path, tiny_model: Path, kind: str) -> None:
+    """Biases and head sizes that are not hidden / heads included; of the tokenizer every token."""
+    import transformers
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    more: dict[str, Any] = {"sliding_window": None} if kind == "Mistral" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=128 if kind == "Qwen3" else 16, max_position_embeddings=256, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5}, **more,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for parameter in model.parameters():
+        parameter.data += torch.randn_like(parameter) * 0.05
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    gguf_file.write(tmp_path / "model", tmp_path / "x.gguf", "f16", [row.tolist() for row in IDS], 0)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", dtype=torch.float32)
+    assert type(found).__name__ == ("LlamaForCausalLM" if kind == "Mistral" else type(model).__name__)
+    wanted = model(IDS).logits
+    assert float((found(IDS).logits - wanted).square().mean().sqrt() / wanted.std()) < 2e-3
+    back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="x.gguf")
+    assert back.convert_ids_to_tokens(range(len(tokenizer))) == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+
+
+def test_a_tokenizer_of_another_kind_and_a_sliding_window_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    import json
+
+    from transformers import MistralConfig, MistralForCausalLM
+
+    shutil.copytree(tiny_model, tmp_path / "unigram")
+    file = tmp_path / "unigram" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    raw["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0]]}
+    file.write_text(json.dumps(raw))
+    config = MistralConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        sliding_window=64,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "windowed")
+    for name, says in (("unigram", "is not byte-level BPE"), ("windowed", "sliding window")):
+        with pytest.raises(ModelError, match=says):
+            gguf_file.write(tmp_path / name, tmp_path / "x.gguf", "f16", [[1, 2]], 0)
+    assert not list(tmp_path.glob("*.gguf*"))
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

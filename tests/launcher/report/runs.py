@@ -106,7 +106,9 @@ def write(
             "verdict": "better",
         }
     }
-    forgetting = {"kl_nats": 0.12, "kl_low": 0.08, "kl_high": 0.2, "prompts": 8, "limit": None}
+    general: dict[str, Any] = {"before": 3.0, "after": 3.1, "difference": 0.1, "low": -0.1, "high": 0.3, "rows": 8}
+    general["verdict"] = "not distinguishable"
+    forgetting = {"kl_nats": 0.12, "kl_low": 0.08, "kl_high": 0.2, "prompts": 8, "limit": None, "general": general}
     evaluation = {
         "before": before,
         "after": after,
