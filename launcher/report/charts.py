@@ -247,7 +247,7 @@ def evaluations(run: Run) -> Chart | None:
         alt=f"On the held-out rows {', '.join(said)}.",
         data=data,
         layout=axes("step", "share", showlegend=len(data) > 1)
-        | {"yaxis": {"title": {"text": "share"}, "tickformat": ".0%"}},
+        | {"yaxis": {"title": {"text": "share"}, "tickformat": ".1~%"}},
         columns=("figure", "step", "share"),
         rows=rows,
     )

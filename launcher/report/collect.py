@@ -36,7 +36,7 @@ class Run:
     def model_name(self) -> str:
         """A Hub id as it is, of a folder its last part."""
         name = str(self.record["model"]["name"])
-        return Path(name).name if Path(name).is_absolute() else name
+        return Path(name).name if Path(name).is_absolute() or name.startswith(("~", ".")) else name
 
     @property
     def chosen(self) -> dict[str, Any]:

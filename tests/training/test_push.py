@@ -121,13 +121,15 @@ def test_a_dry_run_names_the_files_and_sends_nothing(run: RunFolder, capsys: pyt
         assert says in capsys.readouterr().err
 
 
-def test_mlflow_has_two_versions_of_a_model_with_their_lineage(run: RunFolder, tmp_path: Path) -> None:
+def test_mlflow_has_two_versions_of_a_model_with_their_lineage(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("mlflow", reason="the extra `registries` is not installed")
-    settings = {"MLFLOW_TRACKING_URI": (tmp_path / "store").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for version in ("1", "2"):
-        done = push(run, "--to", "mlflow", "--name", "tuned", "--json", **settings)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["version"] == version
+        assert cli.main(["push", str(run.root), "--to", "mlflow", "--name", "tuned", "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["version"] == version
     stored = tmp_path / "store" / "models" / "tuned" / "version-2"
     facts = stored.joinpath("meta.yaml").read_text()
     assert (stored / "tags" / "data_fingerprint").read_text() == record.read(run)["data"]["fingerprint"]
