@@ -78,7 +78,7 @@ def find(name: str) -> Metric:
     found = run_path(str(path)).get(function)
     if not callable(found):
         raise UserError(f"evaluation.metrics: {file} has no function {function}.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def values(name: str, answers: Sequence[str], references: Sequence[str]) -> list[float]:
