@@ -177,6 +177,8 @@ def _push(options: argparse.Namespace) -> int:
     else:
         version = f" version {found['version']}" if found["version"] else ""
         print(f"pushed  {size} to {found['to']} as {found['name']}{version}\n        {found['url']}")
+        if not found.get("linked", True):
+            print("        offline: send it with `wandb sync`, then link the artifact into the registry")
     return 0
 
 

@@ -8,18 +8,17 @@ other.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..launcher import record
-from ..launcher.errors import UserError, did_you_mean
+from ..launcher.errors import UserError
 from ..strategies.prepare import compute_dtype
 from . import evaluate as asking
+from . import harness
 from .data import JudgedSet, PairSet, Units
 from .data.prepare import row_tokens
 from .finished import Finished
@@ -34,7 +33,9 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
     """What stands in evaluation.json afterwards. Raises UserError where there is nothing to ask or to ask with."""
     if run.data.eval is None or not len(run.data.eval):
         raise UserError(f"{run.folder.root} held no rows out (data.eval), so there is nothing to compare on.")
+    asked = harness.find(tasks) if tasks else None
     judge, found = asker(run, run.data.eval, metrics, generations), []
+    more: dict[str, Any] = {}
     score = run.plan.config.objective.name == "reward"  # a score model writes nothing
     prompts = [] if score else judge.held_out.prompts(judge.settings.generations)
     for tuned in (False, True):
@@ -42,6 +43,8 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
         if not tuned:
             judge = with_reference(run, judge, subject)
         figures = judge.measure(subject, found[0] if tuned else None)
+        if tuned and asked:
+            more["harness"] = harness.run(asked, subject, run.tokenizer, run.chosen.micro_batch)
         figures["answers"] = asking.answers(subject, run.tokenizer, prompts, judge.settings.max_new_tokens)
         found.append(figures)
     before, after = found
@@ -49,9 +52,7 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
         {"prompt": _text(run, prompt), "reference": _text(run, reference), "base": base, "tuned": tuned}
         for (prompt, reference), base, tuned in zip(prompts, before["answers"], after["answers"], strict=True)
     ]
-    concluded = judge.conclude(before, after, samples)
-    if tasks:
-        concluded["harness"] = harness(run, tasks)
+    concluded = judge.conclude(before, after, samples) | more
     figures = {**concluded, "before": before, "after": after, "samples": samples}
     record.write_atomically(run.folder.evaluation, json.dumps(figures, ensure_ascii=False, indent=1))
     record.update(run.folder, evaluation=concluded)
@@ -138,48 +139,6 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
     if chosen.method != "qlora":
         net = net.to(device)
     return Subject(model=net, inside=net, device=device)
-
-
-def harness(run: Finished, tasks: Sequence[str]) -> dict[str, float]:
-    """`task/metric` -> value, of the saved model as `opened` opens it, by lm-evaluation-harness. A task is one of its names, or a
-    YAML file of the user's in its own format, which is read from its folder. Raises UserError without the package or the task."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise UserError("--harness needs a package: `pip install 'trebuchet[harness]'`.") from None
-    files = [Path(task).expanduser().absolute() for task in tasks if task.endswith((".yaml", ".yml"))]
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"--harness: {file} does not exist.")
-    named = [task for task in tasks if not task.endswith((".yaml", ".yml"))]
-    folders = sorted({str(file.parent) for file in files})
-    manager = TaskManager(include_path=folders or None, include_defaults=bool(named))
-    names = named + [task_of(file) for file in files]
-    unknown = [name for name in names if name not in manager.all_tasks]
-    if unknown:
-        raise UserError(
-            f"--harness: lm-evaluation-harness has no task '{unknown[0]}'{did_you_mean(unknown[0], manager.all_tasks)}"
-        )
-    subject = opened(run, tuned=True)
-    model = HFLM(pretrained=subject.inside, tokenizer=run.tokenizer, batch_size=run.chosen.micro_batch)
-    found = simple_evaluate(model=model, tasks=names, task_manager=manager, random_seed=0, bootstrap_iters=1000)
-    assert found is not None  # None only on ranks other than the first
-    return {
-        f"{task}/{name}": float(value)
-        for task, values in found["results"].items()
-        for name, value in values.items()
-        if isinstance(value, (int, float))
-    }
-
-
-def task_of(file: Path) -> str:
-    """The name that a task's YAML gives itself; it may hold the harness's own tags, so it is not parsed as plain YAML."""
-    found = re.search(r"^task:\s*['\"]?([^'\"\s#]+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise UserError(f"--harness: {file} names no task; a line `task: NAME` belongs in it.")
-    return found[1]
 
 
 def _text(run: Finished, ids: Sequence[int]) -> str:

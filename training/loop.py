@@ -152,7 +152,9 @@ class Loop:
         assert self.judge is not None
         found = self.judge.on_the_way(of_stepper(self.stepper), self.before)
         self.measured = (done, found["loss"])
-        named = {NAMED.get(key, f"eval_{key}"): value for key, value in found.items() if key != "tokens"}
+        named = {
+            NAMED.get(key, f"eval_{key.rpartition(':')[2]}"): value for key, value in found.items() if key != "tokens"
+        }
         progress.write({"step": done, **named})
         chosen_by = self.best.name
         if chosen_by not in found:

@@ -110,7 +110,8 @@ def to_hub(name: str, files: Files, tags: Mapping[str, str], public: bool) -> di
 
 
 def to_wandb(name: str, files: Files, tags: Mapping[str, str], public: bool) -> dict[str, Any]:
-    """Project and entity come from WANDB_PROJECT and WANDB_ENTITY. With WANDB_MODE=offline it lies in WANDB_DIR for `wandb sync`."""
+    """Project and entity come from WANDB_PROJECT and WANDB_ENTITY. With WANDB_MODE=offline it lies in WANDB_DIR for `wandb sync`,
+    and is not linked."""
     import wandb
 
     settings = wandb.Settings(silent=True, console="off")
@@ -120,11 +121,11 @@ def to_wandb(name: str, files: Files, tags: Mapping[str, str], public: bool) -> 
             artifact.add_file(str(path), name=n)
         logged = session.log_artifact(artifact)
         offline = bool(session.settings._offline)
-        if not offline:
-            logged.wait()
+        if offline:  # W&B 0.31 links only online
+            return {"version": None, "url": session.settings.sync_dir, "linked": False}
+        logged.wait()
         session.link_artifact(logged, name if "/" in name else f"wandb-registry-model/{name}")
-        where = session.settings.sync_dir if offline else session.url
-        return {"version": None if offline else logged.version, "url": where, "offline": offline}
+        return {"version": logged.version, "url": session.url, "linked": True}
 
 
 def to_mlflow(name: str, files: Files, tags: Mapping[str, str], public: bool) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def evaluations(run: Run) -> Chart | None:
         for key, value in values.items():
             name = key.removeprefix("eval_")
             if key.startswith("eval_") and name not in NO_SHARES and isinstance(value, (int, float)):
-                shares.setdefault(name.rpartition(":")[2], []).append((values["step"], value))
+                shares.setdefault(name, []).append((values["step"], value))
     before = (run.figures.get("before") or {}).get("accuracy")
     if before is not None and "accuracy" in shares:
         shares["accuracy"].insert(0, (0, before))

@@ -119,7 +119,7 @@ def test_the_best_weights_by_what_was_forgotten_or_by_a_metric_of_answers(
     changes |= {"evaluation.metrics": [f"{tmp_path}/mine.py:letters"], "evaluation.generations": 4}
     folder, failed = train({**changes, "evaluation.best": name, "checkpointing.keep": 1})
     assert failed is None
-    key = {"kl": "kl_nats", "general": "general_loss"}.get(best, f"eval_{name}")
+    key = {"kl": "kl_nats", "general": "general_loss"}.get(best, "eval_letters")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     seen = {line["step"]: line[key] for line in lines if key in line}
     assert list(seen) == [3, 6, 9, 12] and len(set(seen.values())) > 1

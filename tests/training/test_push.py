@@ -40,7 +40,7 @@ class Hub(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.kept["tokens"].add(self.headers.get("Authorization"))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer({"error": f"bad token {TOKEN}"}, 401)
+            return self.answer({"error": f"not known: {self.headers['Authorization']}"}, 401)
         if self.path == "/api/repos/create":
             self.kept["repo"] = json.loads(body)
             return self.answer({"url": f"http://{self.headers['Host']}/me/tuned"})
@@ -51,7 +51,13 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"files": modes})
         if self.path.endswith("/commit/main"):
             self.kept["lines"] = [json.loads(line) for line in body.splitlines()]
-            return self.answer({"success": True, "commitUrl": "/me/tuned/commit/1", "commitOid": "0123abcd"})
+            return self.answer(
+                {
+                    "success": True,
+                    "commitUrl": f"http://{self.headers['Host']}/me/tuned/commit/1",
+                    "commitOid": "0123abcd",
+                }
+            )
         return self.answer({"errors": [], "warnings": []})  # /api/validate-yaml
 
     def answer(self, found: dict[str, Any], status: int = 200) -> None:
@@ -147,4 +153,4 @@ def test_wandb_keeps_an_artifact_to_be_synced(run: RunFolder, tmp_path: Path) ->
     found = json.loads(done.stdout)
     [log] = Path(found["url"]).glob("*.wandb")
     text = log.read_bytes()
-    assert found["offline"] and b"adapter_model.safetensors" in text and b"wandb-registry-model" in text
+    assert not found["linked"] and b"adapter_model.safetensors" in text and b"data_fingerprint" in text
