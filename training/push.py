@@ -120,7 +120,7 @@ def to_wandb(name: str, files: Files, tags: Mapping[str, str], public: bool) -> 
         for n, path in files.items():
             artifact.add_file(str(path), name=n)
         logged = session.log_artifact(artifact)
-        offline = bool(session.settings._offline)
+        offline = bool(session.offline)
         if offline:  # W&B 0.31 links only online
             return {"version": None, "url": session.settings.sync_dir, "linked": False}
         logged.wait()

@@ -72,7 +72,8 @@ def precompute(session: Session, stepper: Stepper) -> tuple[Units, Units | None]
     config, data = session.config, session.data
     cache = load.cache_folder() / "reference"
     base = [file_digest(path, cache.parent / "files") for path in sorted(session.base.glob("*.safetensors"))]
-    layout = {"packing": config.data.packing, "pad_id": session.pad_id, "micro_batch": session.chosen.micro_batch}
+    micro = session.chosen.micro_batch
+    layout: dict[str, Any] = {"packing": config.data.packing, "pad_id": session.pad_id, "micro_batch": micro}
     key = digest(
         "reference 1", data.fingerprint, base, session.chosen.precision, session.chosen.method, config.strategy.kernels,
         config.data.packing, config.strategy.quant.model_dump(),
