@@ -101,6 +101,8 @@ def to_hub(name: str, files: Files, tags: Mapping[str, str], public: bool) -> di
 
     api = HfApi()
     repo = api.create_repo(name, private=not public, exist_ok=True)
+    if not public and not api.model_info(repo.repo_id).private:  # it was there before
+        raise UserError(f"{repo.repo_id} exists on the Hub and is public; --public says that you mean it.")
     added = [CommitOperationAdd(path_in_repo=n, path_or_fileobj=path) for n, path in files.items()]
     lines = "\n".join(f"{key}: {value}" for key, value in tags.items())
     done = api.create_commit(

@@ -32,9 +32,12 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., dic
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The four endpoints of huggingface_hub's create_repo and create_commit, with every file taken inline."""
+    """The endpoints of huggingface_hub's create_repo and create_commit, with every file taken inline."""
 
     kept: dict[str, Any]
+
+    def do_GET(self) -> None:  # /api/models/me/tuned
+        self.answer({"id": "me/tuned", "private": self.kept["private"], "tags": [], "downloads": 0, "likes": 0})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -74,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, dict[str, Any]]]:
-    kept: dict[str, Any] = {"tokens": set()}
+    kept: dict[str, Any] = {"tokens": set(), "private": True}
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Own", (Hub,), {"kept": kept}))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -106,16 +109,30 @@ def test_the_hub_gets_the_files_in_one_private_commit(run: RunFolder, hub: tuple
         assert file.name == "README.md" or files.pop(file.name) == file.read_bytes(), file.name
     assert set(files) == {"README.md"} and b"held-out" in files["README.md"]
     found = record.read(run)["pushed"][-1]
-    count = len(record.read(run)["pushed"])
     assert found["version"] == "0123abcd" and found["name"] == "me/tuned" and found["sha256"]
     assert "0123abcd" in done.stdout
     assert TOKEN not in run.record.read_text() + done.stdout + done.stderr and kept["tokens"] == {f"Bearer {TOKEN}"}
-    other = TOKEN[::-1]
-    refused = push(run, "--to", "hub", "--name", "me/tuned", HF_ENDPOINT=address, HF_TOKEN=other)
-    assert (
-        refused.returncode == 1 and "hub did not take me/tuned" in refused.stderr and "Traceback" not in refused.stderr
-    )
-    assert other not in refused.stdout + refused.stderr and len(record.read(run)["pushed"]) == count
+
+
+@pytest.mark.parametrize("case", ["token", "public"])
+def test_a_wrong_token_and_a_public_repository_are_refused(
+    run: RunFolder, hub: tuple[str, dict[str, Any]], case: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In this process, where the library was told at its import to stay offline."""
+    from huggingface_hub import constants
+
+    address, kept = hub
+    kept["private"] = case != "public"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    secret = TOKEN[::-1] if case == "token" else TOKEN
+    monkeypatch.setenv("HF_TOKEN", secret)
+    was = record.read(run)
+    assert cli.main(["push", str(run.root), "--to", "hub", "--name", "me/tuned"]) == (1 if case == "token" else 2)
+    said = capsys.readouterr()
+    assert ("hub did not take me/tuned" if case == "token" else "--public says") in said.err
+    assert secret not in said.out + said.err and record.read(run) == was and "lines" not in kept
 
 
 def test_a_dry_run_names_the_files_and_sends_nothing(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
