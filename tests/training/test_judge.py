@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trebuchet.launcher import api, record, worker
+from trebuchet.launcher import api, cli, record, worker
 from trebuchet.launcher.errors import DataError, JobFailed, UserError
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.training import forgetting, metrics, verdict
@@ -68,6 +68,15 @@ def test_a_run_is_called_better_and_its_rows_are_those_of_transformers(
     after = found["after"]
     assert after["accuracy"] == sum(rows["correct"]) / sum(rows["tokens"])
     assert after["bits_per_byte"] == pytest.approx(sum(rows["loss"]) / np.log(2) / sum(rows["bytes"]))
+    # The same run, whole and for others: plain transformers opens it, and its card says what was found.
+    assert cli.main(["export", str(folder.root), "--format", "hf"]) == 0
+    exported = folder.exports / "hf"
+    again = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float64)
+    assert torch.equal(again(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+    card = (exported / "README.md").read_text()
+    assert f"{after['loss']:.4f}" in card and "base_model" not in card and str(folder.root) not in card
+    assert record.read(folder)["exports"]["hf"]["files"] == record.read(folder)["model_files"]
+    assert cli.main(["export", str(folder.root), "--format", "adapter"]) == 2
 
 
 def test_a_wrecked_learning_rate_is_called_worse_and_trips_the_threshold(
