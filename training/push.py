@@ -21,7 +21,7 @@ from typing import Any
 from ..launcher import record
 from ..launcher.errors import JobFailed, RunError, UserError
 from ..launcher.listing import lineage
-from .card import write_card
+from .card import public_name, write_card
 from .finished import Finished
 
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
@@ -83,9 +83,7 @@ def tags(run: Finished, what: str) -> dict[str, str]:
         "what": what,
         "method": found["method"],
         "objective": found["objective"],
-        "base": Path(found["base"]["name"]).name
-        if Path(found["base"]["name"]).is_absolute()
-        else found["base"]["name"],
+        "base": public_name(found["base"]["name"]),
         "base_revision": found["base"]["revision"],
         "data_fingerprint": found["data"]["fingerprint"],
         "seed": found["seed"],
