@@ -37,7 +37,6 @@ def taste(count: int, start: int = 0, *, single: bool = False) -> list[dict[str,
         ("kto", "full", "loss"),
         ("reward", "lora", "margin"),
         ("orpo", "full", "last"),
-        ("dpo", "full", "last"),
     ],
 )
 def test_a_run_raises_the_held_out_accuracy_and_eval_says_the_same(
