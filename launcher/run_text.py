@@ -130,6 +130,7 @@ def comparison(figures: dict[str, Any]) -> list[str]:
         lines.append(
             f"  away from the base on general prompts: {kl['kl_nats']:.3f} nats a token ({kl['prompts']} prompts)"
         )
+    lines += [f"  {name}: {value:.4g}" for name, value in (figures.get("harness") or {}).items()]
     if figures.get("verdict"):
         lines.append(f"verdict: {figures['verdict']}")
     return [*lines, ""]

@@ -205,6 +205,7 @@ def test_lm_evaluation_harness_runs_a_task_of_the_user_s_on_the_saved_model(
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
     assert cli.main(["eval", str(run), "--harness", str(tmp_path / "mine.yaml")]) == 0
     found = json.loads((run / "run.json").read_text())["evaluation"]["harness"]
+    assert "mine/acc,none: " in capsys.readouterr().out
 
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
@@ -219,6 +220,5 @@ def test_lm_evaluation_harness_runs_a_task_of_the_user_s_on_the_saved_model(
             said.append(float(logp.gather(1, torch.tensor(ids[len(prompt) :])[:, None]).sum()))
         right.append(said.index(max(said)) == row["answer"])
     assert found["mine/acc,none"] == pytest.approx(sum(right) / len(right)) and found["mine/acc_stderr,none"] > 0
-    capsys.readouterr()
     assert cli.main(["eval", str(run), "--harness", str(tmp_path / "no.yaml")]) == 2
     assert "does not exist" in capsys.readouterr().err
