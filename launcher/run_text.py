@@ -104,6 +104,8 @@ def outcome(folder: RunFolder, facts: dict[str, Any]) -> str:
         lines += comparison(json.loads(folder.evaluation.read_text(encoding="utf-8")))
     lines.append(f"model   {folder.model}")
     lines.append(f"record  {folder.record}")
+    root = quote(str(folder.root))
+    lines.append(f"next    trebuchet report {root}    trebuchet export {root} --format hf")
     return "\n".join(lines)
 
 

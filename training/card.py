@@ -42,6 +42,7 @@ def card(run: Finished, **more: Any) -> str:
         "licence_files": [file.name for file in sorted(run.base.glob("LICENSE*"))],
         "sources": [(public_name(s["path"]), s) for s in (run.record.get("data") or {}).get("sources", [])],
         "samples": samples,
+        "opens_as": "AutoModelForSequenceClassification" if is_score(run) else "AutoModelForCausalLM",
         "merge": None,
         "export": None,
     }
@@ -58,10 +59,14 @@ def metadata(run: Finished, *, merged: bool) -> str:
         base_model=None if Path(name).is_absolute() else name,
         license=licence_of(run.base),
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if is_score(run) else "text-generation",
         tags=["trebuchet", run.plan.config.objective.name, run.chosen.method],
     )
     return str(data.to_yaml()).strip()
+
+
+def is_score(run: Finished) -> bool:
+    return run.plan.config.objective.name == "reward"
 
 
 def licence_of(base: Path) -> str | None:

@@ -90,6 +90,11 @@ class _Merge:
         self.run, self.chosen = run, run.chosen
         if self.chosen.method == "full":
             raise RunError(f"{run.folder.root} trained all weights: {run.folder.model} is the whole model already.")
+        if run.plan.config.objective.name == "reward":
+            raise RunError(
+                f"{run.folder.root} is a reward model: its adapter comes with a score head, which a merge does not write. Open "
+                f"{run.folder.model} with PEFT, or train all weights (strategy.method=full) for one whole model."
+            )
         trained_on: Base = "quantized" if self.chosen.method == "qlora" else "original"
         self.base: Base = options.base or trained_on
         if self.base == "quantized" and trained_on == "original":

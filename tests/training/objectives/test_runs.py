@@ -40,7 +40,12 @@ def taste(count: int, start: int = 0, *, single: bool = False) -> list[dict[str,
     ],
 )
 def test_a_run_raises_the_held_out_accuracy_and_eval_says_the_same(
-    tiny_config: Callable[..., dict[str, Any]], tmp_path: Path, objective: str, method: str, best: str
+    tiny_config: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    objective: str,
+    method: str,
+    best: str,
 ) -> None:
     changes = {
         "data.train": str(write_jsonl(tmp_path / "train.jsonl", taste(60, single=objective == "kto"))),
@@ -73,6 +78,8 @@ def test_a_run_raises_the_held_out_accuracy_and_eval_says_the_same(
     assert f"{before['accuracy']:.1%}" in table and f"{after['accuracy']:.1%}" in table and "margin" in table
     if objective == "reward":
         _opens_as_a_classifier(folder.model, plan.model.path)
+        assert cli.main(["merge", str(folder.root)]) == 2
+        assert "comes with a score head" in capsys.readouterr().err
 
 
 def _asked_again(folder: RunFolder) -> None:
