@@ -64,7 +64,7 @@ def test_a_run_is_called_better_and_its_rows_are_those_of_transformers(
         lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
         largest = max(line["peak_memory_bytes"] for line in lines if "peak_memory_bytes" in line) / 2**30
         assert list(memory["phases_gib"]) == ["load", "forward_backward", "optimizer_step", "checkpoint_save"]
-        assert all(0 < memory["before_gib"] - 0.2 <= peak <= largest + 1e-3 for peak in memory["phases_gib"].values())
+        assert all(0 < memory["before_gib"] - 0.2 <= peak <= largest + 0.1 for peak in memory["phases_gib"].values())
     after = found["after"]
     assert after["accuracy"] == sum(rows["correct"]) / sum(rows["tokens"])
     assert after["bits_per_byte"] == pytest.approx(sum(rows["loss"]) / np.log(2) / sum(rows["bytes"]))
