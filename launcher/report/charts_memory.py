@@ -82,6 +82,8 @@ def memory(run: Run) -> Chart | None:
     names, values, colours = zip(*bars, strict=True)
     data = [{"type": "bar", "orientation": "h", "name": "GiB", "y": names, "x": values, "marker": {"color": colours}}]
     note = f"{usable:.1f} GiB are usable." if usable else ""
+    if not (run.record.get("measured_memory") or {"by_phase": True})["by_phase"]:
+        note += " Peaks of single phases are not shown: this system cannot reset the mark of resident memory."
     if run.chosen.get("device") == "cpu" and measured:
         note += " On a CPU the measured number is the whole process, libraries included."
     layout = {
