@@ -161,7 +161,11 @@ class Loop:
             raise RunError(
                 f"the base's figures in {self.runtime.folder.evaluation} are gone, so {chosen_by} cannot be told."
             )
-        more = f", {chosen_by} {found[chosen_by]:.4g}" if chosen_by not in ("loss", "accuracy", "margin") else ""
+        more = (
+            f", {chosen_by.rpartition(':')[2]} {found[chosen_by]:.4g}"
+            if chosen_by not in ("loss", "accuracy", "margin")
+            else ""
+        )
         progress.say(f"step {done}/{self.order.steps}  held-out {in_words(found)}{more}")
         return self.best.see(done, found[chosen_by])
 

@@ -121,17 +121,17 @@ def test_the_best_weights_by_what_was_forgotten_or_by_a_metric_of_answers(
     train: Callable[..., tuple[RunFolder, str | None]], tmp_path: Path, best: str
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "def letters(answer, reference):\n    return sum(c in 'aeiou' for c in answer) / max(len(answer), 1)\n"
+        "import zlib\ndef letters(answer, reference):\n    return zlib.crc32(answer.encode()) % 1000 / 1000\n"
     )
     name = f"{tmp_path}/mine.py:letters" if best == "letters" else best
-    changes = {"optimization.max_steps": 12, "optimization.learning_rate": 5e-3, "evaluation.every": 3}
+    changes = {"optimization.max_steps": 24, "optimization.learning_rate": 1e-2, "evaluation.every": 6}
     changes |= {"evaluation.metrics": [f"{tmp_path}/mine.py:letters"], "evaluation.generations": 4}
     folder, failed = train({**changes, "evaluation.best": name, "checkpointing.keep": 1})
     assert failed is None
     key = {"kl": "kl_nats", "general": "general_loss"}.get(best, "eval_letters")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     seen = {line["step"]: line[key] for line in lines if key in line}
-    assert list(seen) == [3, 6, 9, 12] and len(set(seen.values())) > 1
+    assert list(seen) == [6, 12, 18, 24] and len(set(seen.values())) > 1
     assert best == "letters" or all("kl_nats" in line for line in lines if "eval_loss" in line)
     chosen = record.read(folder)["best"]["step"]
     assert seen[chosen] == (max if best == "letters" else min)(seen.values())
@@ -169,7 +169,7 @@ def test_the_estimate_of_kl_is_the_exact_one(tiny_model: Path) -> None:
     state = torch.random.get_rng_state()
     said = forgetting.ask_base(subjects[0], tokenizer, prompts, 0)
     assert torch.equal(torch.random.get_rng_state(), state)  # training goes on as if nothing had been asked
-    assert said == forgetting.ask_base(subjects[0], tokenizer, prompts, 0)
+    assert said[:10] == forgetting.ask_base(subjects[0], tokenizer, prompts[:10], 0)
     before, after = (forgetting.measure(s, tokenizer, said, [], 0) for s in subjects)
     general = {"loss": [], "tokens": []}
     found = forgetting.compare({**before, "general": general}, {**after, "general": general})
