@@ -9,7 +9,7 @@ from typing import Any
 
 from .charts_memory import memory, phases
 from .collect import Run, attempt_seconds
-from .figure import Chart, axes, line, plain, sampled
+from .figure import Chart, axes, columns, line, plain, sampled
 
 VERDICTS = {"better": "good", "worse": "bad"}
 NO_SHARES = ("loss", "perplexity", "bits_per_byte", "margin", "reward_chosen", "reward_rejected", "tokens")
@@ -17,9 +17,8 @@ STATES = {"SUCCEEDED": "good", "RUNNING": "first", "CANCELLED": "muted", "PREEMP
 
 
 def of_run(run: Run) -> list[Chart]:
-    made = (loss(run), rate(run), gradient(run), speed(run), timeline(run), compared(run), evaluations(run))
-    made += (phases(run), memory(run), lengths(run))
-    return [chart for chart in made if chart is not None]
+    figures = (loss, speed, rate, gradient, timeline, compared, evaluations, phases, memory, lengths)
+    return [chart for figure in figures if (chart := figure(run)) is not None]
 
 
 def restarts(run: Run) -> list[dict[str, Any]]:
@@ -49,7 +48,7 @@ def loss(run: Run) -> Chart | None:
     before = (run.figures.get("before") or {}).get("loss")
     held = ([(0, before)] if before is not None else []) + held
     if held:
-        data.append(line("held-out loss", *zip(*held, strict=True), "second", mode="lines+markers"))  # type: ignore[arg-type]
+        data.append(line("held-out loss", *columns(held), "second", mode="lines+markers"))
     first, last = run.steps[0], run.steps[-1]
     alt = f"Training loss falls from {first['loss']:.3f} at step {first['step']} to {last['loss']:.3f} at step {last['step']}"
     alt = alt.replace("falls", "goes") if last["loss"] > first["loss"] else alt
@@ -236,7 +235,7 @@ def evaluations(run: Run) -> Chart | None:
         return None
     colours = ("first", "second", "third", "fourth", "fifth")
     data = [
-        line(name, *zip(*points, strict=True), colours[i % 5], mode="lines+markers")  # type: ignore[arg-type]
+        line(name, *columns(points), colours[i % 5], mode="lines+markers")
         for i, (name, points) in enumerate(shares.items())
     ]
     said = [f"{name} goes from {points[0][1]:.1%} to {points[-1][1]:.1%}" for name, points in shares.items()]

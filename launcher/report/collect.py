@@ -96,7 +96,8 @@ def read(folder: RunFolder) -> Run:
 
 def metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(steps, evaluations); a half-written last line is passed over."""
-    steps, evaluations = [], []
+    steps: list[dict[str, Any]] = []
+    evaluations: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             values = json.loads(line)

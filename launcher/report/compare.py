@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .collect import Run
-from .figure import Chart, axes, line, plain
+from .figure import Chart, axes, columns, line, plain
 
 FEWEST = 6
 SETTINGS = {
@@ -63,7 +63,7 @@ def curves(runs: Sequence[Run]) -> Chart | None:
         points = held or [(s["step"], s["loss"]) for s in run.steps]
         if points:
             dash = ("solid", "dash", "dot", "dashdot")[i // len(COLOURS) % 4]
-            trace = line(run.name, *zip(*points, strict=True), COLOURS[i % len(COLOURS)])  # type: ignore[arg-type]
+            trace = line(run.name, *columns(points), COLOURS[i % len(COLOURS)])
             trace["line"]["dash"] = dash
             data.append(trace | {"meta": run.name})
             rows.append((run.name, points[-1][0], f"{points[-1][1]:.4f}"))

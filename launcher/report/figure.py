@@ -39,6 +39,11 @@ def line(name: str, x: Sequence[Any], y: Sequence[Any], colour: str, **more: Any
     }
 
 
+def columns(points: Sequence[tuple[Any, Any]]) -> tuple[list[Any], list[Any]]:
+    """(x, y) of points, as `line` takes them."""
+    return [x for x, _ in points], [y for _, y in points]
+
+
 def plain(text: str) -> str:
     """Plotly takes some tags in names and labels; a user's words are not tags."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -101,7 +101,8 @@ def test_the_hub_gets_the_files_in_one_private_commit(run: RunFolder, hub: tuple
     address, kept = hub
     done = push(run, "--to", "hub", "--name", "me/tuned", HF_ENDPOINT=address, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
-    assert kept["repo"]["name"] == "tuned" and kept["repo"]["organization"] == "me" and kept["repo"]["private"] is True
+    assert kept["repo"]["name"] == "tuned" and kept["repo"]["organization"] == "me"
+    assert kept["repo"]["visibility"] == "private"
     header, *sent = kept["lines"]
     assert header["value"]["summary"] == "model of mine" and "data_fingerprint: " in header["value"]["description"]
     files = {one["value"]["path"]: base64.b64decode(one["value"]["content"]) for one in sent}

@@ -72,7 +72,10 @@ def test_a_run_raises_the_held_out_accuracy_and_eval_says_the_same(
         chosen = values.index(min(values) if best == "loss" else max(values))
         assert record.read(folder)["best"]["step"] == measured[chosen]["step"]
     assert measured[chosen]["eval_accuracy"] == after["accuracy"]
-    assert found["verdict"] == found["compared"]["accuracy"]["verdict"] == "better"
+    # A score head may happen to prefer every chosen side before it has learnt anything; then only its margin can grow.
+    best_already = before["accuracy"] >= 0.9
+    assert found["verdict"] == ("not distinguishable" if best_already else "better")
+    assert objective == "kto" or found["compared"]["margin"]["verdict"] == "better"
     _asked_again(folder)
     table = "\n".join(comparison(json.loads(folder.evaluation.read_text())))
     assert f"{before['accuracy']:.1%}" in table and f"{after['accuracy']:.1%}" in table and "margin" in table
@@ -93,7 +96,7 @@ def _asked_again(folder: RunFolder) -> None:
         mine, theirs = now[when]["rows"].get("margin", [0]), was[when]["rows"].get("margin", [0])
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)  # fp32 sums in another order, through two layers
         assert now[when]["accuracy"] == pytest.approx(sum(now[when]["rows"]["accuracy"]) / 20)
-    assert now["verdict"] == "better" and now["compared"]["accuracy"]["rows"] == 20
+    assert now["verdict"] == was["verdict"] and now["compared"]["accuracy"]["rows"] == 20
 
 
 def _opens_as_a_classifier(folder: Path, base: str | None) -> None:
