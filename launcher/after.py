@@ -162,10 +162,19 @@ def _export(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from ..training.finished import open_finished
     from ..training.push import push
+    from .listing import lineage
     from .cli import print_json
 
     run = open_finished(options.run)
-    found = push(run, options.to, options.name, what=options.what, public=options.public, dry_run=options.dry_run)
+    found = push(
+        run,
+        options.to,
+        options.name,
+        origin=lineage(run.folder),
+        what=options.what,
+        public=options.public,
+        dry_run=options.dry_run,
+    )
     if options.json:
         print_json(found)
         return 0

@@ -20,7 +20,6 @@ from typing import Any
 
 from ..launcher import record
 from ..launcher.errors import JobFailed, RunError, UserError
-from ..launcher.listing import lineage
 from .card import public_name, write_card
 from .finished import Finished
 
@@ -29,9 +28,11 @@ EXTRA = {"hub": "train", "wandb": "registries", "mlflow": "registries"}
 Files = Mapping[str, Path]  # name in the registry -> file here
 
 
-def push(run: Finished, to: str, name: str, *, what: str, public: bool, dry_run: bool) -> dict[str, Any]:
-    """What stands in the record's `pushed` afterwards. `what`: model, merged, or an export by its name. Raises UserError for what
-    cannot be pushed, JobFailed with the registry's own words."""
+def push(
+    run: Finished, to: str, name: str, *, origin: Mapping[str, Any], what: str, public: bool, dry_run: bool
+) -> dict[str, Any]:
+    """What stands in the record's `pushed` afterwards. `origin`: the run's lineage, as `show --lineage --json` prints it. `what`:
+    model, merged, or an export by its name. Raises UserError for what cannot be pushed, JobFailed with the registry's own words."""
     folder = folder_of(run, what)
     with tempfile.TemporaryDirectory() as scratch:
         files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -49,7 +50,7 @@ def push(run: Finished, to: str, name: str, *, what: str, public: bool, dry_run:
             return found
         sha256 = {n: _sha256(p) for n, p in files.items() if n.endswith((".safetensors", ".gguf"))}
         try:
-            found |= SENDERS[to](name, files, tags(run, what), public)
+            found |= SENDERS[to](name, files, tags(run, origin, what), public)
         except ImportError:
             raise UserError(f"--to {to} needs a package: `pip install 'trebuchet[{EXTRA[to]}]'`.") from None
         except UserError:
@@ -74,9 +75,8 @@ def folder_of(run: Finished, what: str) -> Path:
     raise RunError(f"{run.folder.root} has no {what} to push; it has {', '.join(there)}.")
 
 
-def tags(run: Finished, what: str) -> dict[str, str]:
+def tags(run: Finished, found: Mapping[str, Any], what: str) -> dict[str, str]:
     """Where it came from, in words that every registry takes."""
-    found = lineage(run.folder)
     evaluation = run.record.get("evaluation") or {}
     told = {
         "run": found["run"]["name"],
