@@ -162,8 +162,8 @@ def _export(options: argparse.Namespace) -> int:
 def _push(options: argparse.Namespace) -> int:
     from ..training.finished import open_finished
     from ..training.push import push
-    from .listing import lineage
     from .cli import print_json
+    from .listing import lineage
 
     run = open_finished(options.run)
     found = push(
