@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trebuchet.training.data.curate import duplicates, words
+from trebuchet.training.data.curate import texts as texts_module
 from trebuchet.training.data.curate.leaks import HeldOut
+from trebuchet.training.data.curate.texts import Texts
 from trebuchet.training.data.curate.words import Numbering, signatures
 
 VOCABULARY = [f"word{i}" for i in range(3000)]
@@ -43,10 +45,42 @@ def corpus(count: int, seed: int = 0) -> list[str]:
     return texts
 
 
+def joined(arrays: list[np.ndarray], files: int = 1) -> Texts:
+    """Texts in one file, or dealt out to several as those of several sheets are."""
+    owner = np.arange(len(arrays)) % files
+    lengths = np.array([len(a) for a in arrays], np.int64)
+    start = np.zeros(len(arrays), np.int64)
+    for file in range(files):
+        start[owner == file] = np.cumsum(lengths[owner == file]) - lengths[owner == file]
+    parts = [[a for a, mine in zip(arrays, owner == file, strict=True) if mine] for file in range(files)]
+    return Texts(files=[np.concatenate(p) for p in parts], file=owner, start=start, lengths=lengths)
+
+
 def arrays(texts: list[str]) -> tuple[list[np.ndarray], np.ndarray]:
     numbering = Numbering()
     made = [np.array(words.filled(numbering.words(text)), np.uint32) for text in texts]
     return made, signatures(np.concatenate(made), np.array([len(m) for m in made]))
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=12), min_size=2, max_size=9),
+    files=st.integers(1, 2),
+    at_once=st.sampled_from([1, 20, 10_000]),
+    data=st.data(),
+)
+def test_similarities_are_those_of_plain_sets(
+    rows: list[list[int]], files: int, at_once: int, data: st.DataObject
+) -> None:
+    """Whatever the cut into calls, in any order, with the same text on both sides too."""
+    place = st.integers(0, len(rows) - 1)
+    pairs = data.draw(st.lists(st.tuples(place, place), min_size=1, max_size=20))
+    first, second = (np.array([pair[side] for pair in pairs], np.int64) for side in (0, 1))
+    sets = [{tuple(row[i : i + 3]) for i in range(len(row) - 2)} for row in rows]
+    expected = [len(sets[i] & sets[j]) / len(sets[i] | sets[j]) for i, j in pairs]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(texts_module, "_AT_ONCE", at_once)
+        found = joined([np.array(row, np.uint32) for row in rows], files).similarities(first, second)
+    assert found.tolist() == expected
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +102,7 @@ def test_recall_and_precision_against_exact_jaccard(made: object, threshold: flo
     most pairs lie above their threshold. Precision is exact: every pair is compared by its 3-grams."""
     _, exact, texts, signed = made  # type: ignore[misc]
     wanted = {pair for pair, s in exact.items() if s >= threshold}
-    found = duplicates.similar_pairs(signed, lambda i: texts[i], threshold)
+    found = duplicates.similar_pairs(signed, joined(texts), threshold)
     pairs = dict(
         zip(zip(found.first.tolist(), found.second.tolist(), strict=True), found.similarity.tolist(), strict=True)
     )
@@ -107,8 +141,8 @@ def test_signatures_do_not_depend_on_what_else_is_in_the_call(made: object) -> N
 def test_what_a_word_is(one: str, other: str, same: bool) -> None:
     numbering = Numbering()
     a, b = (np.array(words.filled(numbering.words(text)), np.uint32) for text in (one, other))
-    assert (words.jaccard(a, b) == 1.0) is same
-    assert words.jaccard(a, b) == words.jaccard(b, a)
+    there, back = joined([a, b]).similarities(np.array([0, 1]), np.array([1, 0])).tolist()
+    assert (there == 1.0) is same and there == back
 
 
 def test_the_first_stays_and_chains_do_not_carry() -> None:
@@ -143,7 +177,7 @@ def test_groups_are_what_can_be_reached(count: int, links: list[tuple[int, int]]
 
 def test_many_equal_rows_cost_no_square_of_pairs() -> None:
     texts, signed = arrays(["the same words again and again"] * 3000)
-    found = duplicates.similar_pairs(signed, lambda i: texts[i], 0.7)
+    found = duplicates.similar_pairs(signed, joined(texts), 0.7)
     assert len(found.first) < 3 * 3000
     assert set(duplicates.to_drop(found)) == set(range(1, 3000))
     assert set(duplicates.groups(3000, (found.first, found.second))) == {0}

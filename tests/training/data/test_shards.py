@@ -13,8 +13,13 @@ from typing import Any
 import pytest
 from trebuchet.launcher.errors import DataError
 from trebuchet.launcher.schema import Data, Objective
+from trebuchet.launcher.schema_curate import Curate
 from trebuchet.training.data import Prepared, prepare, prepare_part
 from trebuchet.training.data import samples as samples_module
+from trebuchet.training.data.curate import Maker, together
+from trebuchet.training.data.curate.sheet import open_sheet
+from trebuchet.training.data.samples import Samples
+from trebuchet.training.data.tables import open_table
 
 from .kit import chat, write_jsonl
 from .test_duplicates import corpus
@@ -92,6 +97,45 @@ def test_bad_rows_in_parts_are_refused_together(chatml: Any, tmp_path: Path) -> 
         )  # fmt: skip
     with pytest.raises(DataError, match=r"a\.jsonl, line 11: messages is an empty list. It is the only bad row of 66"):
         whole(data, chatml, tmp_path / "parts")
+
+
+def sheets(folder: Path, cache: str, **curated: Any) -> tuple[Maker, Samples, str]:
+    source = section(folder).train[0]
+    samples = Samples(open_table(source), source, kind="sft", roles=("assistant",))
+    maker = Maker(Curate(**curated), skip_bad_rows=True, cache=folder / cache)
+    return maker, samples, samples.table.digest(folder / cache / "files")
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_processes_of_one_machine_share_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """66 rows in blocks of 7: this process makes the even ones, a child the odd ones, and together they are what one makes. A child
+    that is killed costs time."""
+    alone, samples, digest = sheets(tmp_path, "alone")
+    alone.sheet(samples, digest, filtered=True)
+    monkeypatch.setattr(together, "LARGE_BYTES", 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    maker, samples, digest = sheets(tmp_path, "both")
+    together.blocks(maker, samples, digest, filtered=True)
+    key = maker.key(samples, digest, True)
+    assert all(open_sheet(maker.cache / f"{key}-{number}") for number in range(10))
+    maker.sheet(samples, digest, filtered=True)
+    assert content(tmp_path / "both") == content(tmp_path / "alone")
+
+    code = tmp_path / "mine.py"
+    code.write_text(
+        f"import os\n\ndef keep(row):\n    return os.getpid() == {os.getpid()} or os.kill(os.getpid(), 9)\n"
+    )
+    maker, samples, digest = sheets(tmp_path, "killed", function=f"{code}:keep")
+    together.blocks(maker, samples, digest, filtered=True)
+    key = maker.key(samples, digest, True)
+    assert [open_sheet(maker.cache / f"{key}-{number}") is not None for number in range(4)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    sheet, _ = maker.sheet(samples, digest, filtered=True)
+    assert len(sheet.rows) == 65
 
 
 PROGRAM = """

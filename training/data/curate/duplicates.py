@@ -7,12 +7,12 @@ What can be missed: measured in tests/training/data/test_duplicates.py. Left out
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from .words import PERMUTATIONS, jaccard
+from .texts import Texts
+from .words import PERMUTATIONS, distinct
 
 ROWS = 4
 BANDS = PERMUTATIONS // ROWS
@@ -29,49 +29,50 @@ class Pairs:
     similarity: np.ndarray  # float64 [P]
 
 
-def similar_pairs(signatures: np.ndarray, words: Callable[[int], np.ndarray], threshold: float) -> Pairs:
-    """Pairs of texts with a Jaccard similarity of at least `threshold`. `signatures` uint32 [N, 64]; `words(i)` gives the words
-    of text i."""
+def similar_pairs(signatures: np.ndarray, texts: Texts, threshold: float) -> Pairs:
+    """Pairs of texts with a Jaccard similarity of at least `threshold`. `signatures` uint32 [N, 64] are those of the N texts."""
     first, second = _candidates(signatures)
     keep = np.ones(len(first), bool)
-    for at in range(0, len(first), 1 << 18):
-        part = slice(at, at + (1 << 18))
-        estimate = (signatures[first[part]] == signatures[second[part]]).mean(axis=1)
-        keep[part] = estimate >= threshold - _SLACK
+    least = np.ceil((threshold - _SLACK) * PERMUTATIONS)
+    for at in range(0, len(first), 1 << 17):
+        part = slice(at, at + (1 << 17))
+        keep[part] = np.count_nonzero(signatures[first[part]] == signatures[second[part]], axis=1) >= least
     first, second = first[keep], second[keep]
-    similarity = np.array([jaccard(words(i), words(j)) for i, j in zip(first.tolist(), second.tolist(), strict=True)])
-    enough = similarity >= threshold if len(first) else np.zeros(0, bool)
+    similarity = texts.similarities(first, second)
+    enough = similarity >= threshold
     return Pairs(first=first[enough], second=second[enough], similarity=similarity[enough])
 
 
 def _candidates(signatures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Pairs that share a band, each once, sorted by second, then first."""
     count = len(signatures)
-    found: list[np.ndarray] = []
+    found = [np.empty(0, np.int64)]
     for band in range(BANDS):
         place = signatures[:, band * ROWS : (band + 1) * ROWS]
         keys = place[:, 0].astype(np.uint64)
         with np.errstate(over="ignore"):
             for k in range(1, ROWS):
                 keys = (keys ^ (keys >> np.uint64(31))) * np.uint64(0x9E3779B97F4A7C15) + place[:, k]
-        order = np.argsort(keys, kind="stable")
-        value = keys[order]
-        starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]]) if count else np.empty(0, np.int64)
-        sizes = np.diff(np.r_[starts, count])
-        for start, size in zip(starts[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
-            found.append(_within(order[start : start + size], count))
-    pairs = np.unique(np.concatenate(found)) if found else np.empty(0, np.int64)
-    return pairs % count if count else pairs, pairs // count if count else pairs
+        found.append(_together(keys, count))
+    pairs = distinct(np.concatenate(found))
+    return pairs % max(count, 1), pairs // max(count, 1)
 
 
-def _within(members: np.ndarray, count: int) -> np.ndarray:
-    """Pairs of ascending places as second * count + first."""
-    if len(members) == 2:  # by far the most frequent
-        return members[1:] * count + members[:1]
-    if len(members) <= _ALL_PAIRS:
-        i, j = np.triu_indices(len(members), 1)
-        return members[j] * count + members[i]
-    return np.concatenate([members[1:] * count + members[0], members[2:] * count + members[1:-1]])
+def _together(keys: np.ndarray, count: int) -> np.ndarray:
+    """Pairs of places with equal keys, as second * count + first. Places of one key ascend: the sort is stable."""
+    order = np.argsort(keys, kind="stable")
+    value = keys[order]
+    starts = np.flatnonzero(np.r_[True, value[1:] != value[:-1]]) if count else np.empty(0, np.int64)
+    sizes = np.diff(np.r_[starts, count])
+    found = [np.empty(0, np.int64)]
+    for size in range(2, _ALL_PAIRS + 1):
+        members = order[starts[sizes == size][:, None] + np.arange(size)]
+        i, j = np.triu_indices(size, 1)
+        found.append((members[:, j] * count + members[:, i]).ravel())
+    for start, size in zip(starts[sizes > _ALL_PAIRS].tolist(), sizes[sizes > _ALL_PAIRS].tolist(), strict=True):
+        members = order[start : start + size]
+        found += [members[1:] * count + members[0], members[2:] * count + members[1:-1]]
+    return np.concatenate(found)
 
 
 def to_drop(pairs: Pairs) -> dict[int, tuple[int, float]]:

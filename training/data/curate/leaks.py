@@ -13,6 +13,9 @@ import numpy as np
 
 from .words import shingles
 
+_BITS = 24
+_SHIFT = np.uint64(64 - _BITS)  # of a hash its upper bits; 16 MB say which of them a held-out n-gram has
+
 
 class HeldOut:
     """The n-grams of the held-out rows, ready to be looked up."""
@@ -27,16 +30,22 @@ class HeldOut:
         )
         self.n, self.hashes, self.owner = n, hashes[fresh], owner[fresh]
         self.distinct = np.bincount(self.owner, minlength=len(counts))
+        self._seen = np.zeros(1 << _BITS, bool)
+        self._seen[self.hashes >> _SHIFT] = True
 
     def leaking(self, words: np.ndarray, lengths: np.ndarray, share: float) -> dict[int, tuple[int, float]]:
         """Place of a training row -> (place of the held-out row it holds most of, share of that row's n-grams)."""
         hashes, counts = shingles(words, lengths, self.n)
-        row = np.repeat(np.arange(len(counts)), counts)
-        known = np.isin(hashes, self.hashes)
-        if not known.any():
+        perhaps = np.flatnonzero(self._seen[hashes >> _SHIFT])  # of a million rows, all but a few end here
+        begin = np.minimum(np.searchsorted(self.hashes, hashes[perhaps]), len(self.hashes) - 1)
+        perhaps = perhaps[self.hashes[begin] == hashes[perhaps]]
+        if not len(perhaps):
             return {}
-        both = np.unique(np.stack([row[known].astype(np.uint64), hashes[known]]), axis=1)
-        row, hashes = both[0].astype(np.int64), both[1]
+        row, hashes = np.repeat(np.arange(len(counts)), counts)[perhaps], hashes[perhaps]
+        order = np.lexsort((hashes, row))
+        row, hashes = row[order], hashes[order]
+        fresh = np.r_[True, (row[1:] != row[:-1]) | (hashes[1:] != hashes[:-1])]
+        row, hashes = row[fresh], hashes[fresh]
         begin = np.searchsorted(self.hashes, hashes, "left")
         many = np.searchsorted(self.hashes, hashes, "right") - begin
         at = np.repeat(begin, many) + np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..intake import code_version, digest
 from ..preferences import Anything, Judged, Pair
 from ..samples import BadRows, Block, Sample, Samples, refuse
 from ..turns import Chat, Example
-from . import filters, rules
+from . import filters, rules, together
 from .sheet import ROW, Sheet, SheetWriter, open_sheet
 from .words import PERMUTATIONS, Numbering, filled, repetitions, signatures
 
@@ -50,7 +51,7 @@ class Maker:
         rows unless they are to be skipped."""
         key = self.key(samples, content, filtered)
         sheet, made = entries.build(
-            self.cache, key, open_sheet, lambda folder: self._fill(folder, samples, key, filtered)
+            self.cache, key, open_sheet, lambda folder: self._fill(folder, samples, content, filtered)
         )
         self.cached &= not made
         bad = BadRows()
@@ -80,7 +81,9 @@ class Maker:
         finally:
             writer.close()
 
-    def _fill(self, folder: Path, samples: Samples, key: str, filtered: bool) -> dict[str, Any]:
+    def _fill(self, folder: Path, samples: Samples, content: str, filtered: bool) -> dict[str, Any]:
+        key = self.key(samples, content, filtered)
+        together.blocks(self, samples, content, filtered=filtered)
         writer, rows, bad, parts = SheetWriter(folder), 0, BadRows(), []
         try:
             for block in samples.blocks():
@@ -143,7 +146,7 @@ def _write(
 
 
 def _flat(lists: list[list[int]]) -> np.ndarray:
-    return np.array([word for words in lists for word in words], np.uint32)
+    return np.fromiter(chain.from_iterable(lists), np.uint32, sum(map(len, lists)))
 
 
 def _judge(curate: Curate) -> Callable[..., str | None]:

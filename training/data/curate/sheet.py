@@ -47,10 +47,6 @@ class Sheet:
     signatures: np.ndarray  # uint32 [N, 64]
     meta: dict[str, Any]
 
-    def words_of(self, i: int) -> np.ndarray:
-        start = int(self.rows["offset"][i])
-        return self.words[start : start + int(self.rows["count"][i])]
-
 
 def open_sheet(folder: Path) -> Sheet | None:
     """None when there is none, or its sizes are not what its record says."""

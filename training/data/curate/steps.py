@@ -30,6 +30,7 @@ from ..selection import drawn, mix
 from . import duplicates, reward
 from .leaks import HeldOut
 from .sheet import Sheet
+from .texts import Texts
 
 _FILTERS = ("min_words", "max_words", "max_repetition", "damaged", "refusals", "languages", "rules", "function")
 Gone = dict[int, tuple[str, int | None, float | None]]  # row -> (why, the row it is like, similarity or score)
@@ -50,18 +51,19 @@ class Run:
     ):
         self.curate, self.sheets, self.opened, self.seed, self.scorer = curate, sheets, opened, seed, scorer
         counts = [len(sheet.rows) for sheet in sheets]
-        self.base = np.cumsum([0, *counts])
         self.rows = np.concatenate([np.asarray(sheet.rows) for sheet in sheets])
         self.source = np.repeat(np.arange(len(sheets)), counts)
+        self.texts = Texts(
+            files=[sheet.words for sheet in sheets],
+            file=self.source,
+            start=self.rows["offset"],
+            lengths=self.rows["count"].astype(np.int64),
+        )
         self.alive = self.source < training
         self.evaluation = ~self.alive
         self.training, self.specific = training, self.alive & (self.source < training - general)
         self.steps: list[Step] = []
         self.gone: dict[int, tuple[str, str, int | None, float | None]] = {}  # place -> (step, why, like, similarity)
-
-    def words(self, i: int) -> np.ndarray:
-        sheet = int(self.source[i])
-        return self.sheets[sheet].words_of(i - int(self.base[sheet]))
 
     def write(self, folder: Path, share: float | None, key: str) -> dict[str, Any]:
         before = int(self.alive.sum())
@@ -141,8 +143,7 @@ class Run:
         limit = curate.near_duplicates
         threshold = min(curate.group_similarity, limit if limit is not None else 1.0)
         here = np.flatnonzero(self.alive | self.evaluation)
-        sheets = [np.asarray(sheet.signatures) for sheet in self.sheets]
-        found = duplicates.similar_pairs(np.concatenate(sheets)[here], lambda i: self.words(int(here[i])), threshold)
+        found = duplicates.similar_pairs(self._signatures(here), self.texts.select(here), threshold)
         pairs = duplicates.Pairs(first=here[found.first], second=here[found.second], similarity=found.similarity)
         if limit is not None:
             among = self.alive[pairs.first] & self.alive[pairs.second] & (pairs.similarity >= limit)
@@ -156,6 +157,13 @@ class Run:
             }
             self._drop("near", gone, similarity=limit)
         return pairs
+
+    def _signatures(self, places: np.ndarray) -> np.ndarray:
+        """Of ascending places, in memory once."""
+        source = self.source[places]
+        base = np.searchsorted(self.source, np.arange(len(self.sheets)))
+        own = [places[source == k] - base[k] for k in range(len(self.sheets))]
+        return np.concatenate([np.asarray(s.signatures)[at] for s, at in zip(self.sheets, own, strict=True)])
 
     def _reward(self, scorer: reward.Scorer) -> None:
         scores = np.full(len(self.rows), np.nan)
@@ -226,16 +234,13 @@ class Run:
         evaluation = np.flatnonzero(held | self.evaluation)
         if self.curate.leak_share is None or not len(evaluation):
             return
-        texts = [self.words(int(i)) for i in evaluation]
-        index = HeldOut(np.concatenate(texts), np.array([len(t) for t in texts]), self.curate.leak_ngram)
+        index = HeldOut(*self.texts.take(evaluation), self.curate.leak_ngram)
         gone: Gone = {}
         here = np.flatnonzero(self.alive & ~held)
-        for at in range(0, len(here), 2000):
-            part = here[at : at + 2000]
-            texts = [self.words(int(i)) for i in part]
-            lengths = np.array([len(t) for t in texts])
-            for i, (k, share) in index.leaking(np.concatenate(texts), lengths, self.curate.leak_share).items():
-                gone[int(part[i])] = ("holds a held-out row", int(evaluation[k]), round(share, 4))
+        for part in self.texts.chunks(here):
+            found = index.leaking(*self.texts.take(here[part]), self.curate.leak_share)
+            for i, (k, share) in found.items():
+                gone[int(here[part][i])] = ("holds a held-out row", int(evaluation[k]), round(share, 4))
         self._drop("leaks", gone, words=self.curate.leak_ngram, share=self.curate.leak_share)
         if held.any():  # `left` counts what trains
             self.steps.append(replace(self.steps.pop(), left=int((self.alive & ~held).sum())))
