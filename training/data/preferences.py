@@ -1,7 +1,8 @@
 """Rows of the two layouts that compare answers: pairs of a chosen and a rejected one, and single ones with a label.
 
     preference    chosen, rejected, optionally prompt: text, or messages; without a prompt it is what both begin with
-    kto           prompt, completion, label; or messages (or conversations) and kto_tag: true, false, 0 or 1
+    kto           prompt, completion, label; or messages (or conversations) and kto_tag: true, false, 0 or 1; or a pair
+                  without a label, which is read as two answers: the chosen with label true, the rejected with false
 
 Prompt and answer become the same two kinds of sample as everywhere (`layouts.py`), so templates, masks and end tokens
 are those of `objective: sft`. Left out: margins, and more than two answers to a prompt.
@@ -50,9 +51,12 @@ class Judged:
 
 
 def recognise(columns: Collection[str], wanted: str, kind: str, source: str) -> str:
-    """`kind` is preference or kto. The layout's name; for kto `kto/` and the layout of the answer, which is recognised
-    as for sft. Raises DataError when the columns do not hold what the objective reads."""
+    """`kind` is preference or kto. The layout's name; for labelled answers `kto/` and the layout of the answer, which is
+    recognised as for sft. Raises DataError when the columns do not hold what the objective reads."""
     found = ", ".join(sorted(columns)) or "none"
+    paired = all(name in columns for name in REQUIRED["preference"]) and not any(name in columns for name in LABELS)
+    if kind == "kto" and (wanted == "preference" or (wanted == "auto" and paired)):
+        kind = "preference"  # `unpaired` makes two of each
     if wanted not in ("auto", kind):
         raise DataError(f"{source}: format {wanted} has no {kind} rows, which the objective reads; found: {found}.")
     if kind == "preference":
@@ -76,9 +80,28 @@ def convert(row: Mapping[str, Any], layout: str) -> Pair | Judged:
     if layout == "preference":
         return _pair(row)
     inner = layouts.convert(row, layout.removeprefix("kto/"))
-    if isinstance(inner, Plain) and not inner.prompt:
-        raise RowError("prompt is empty; kto compares answers to other prompts")
+    _check_prompt(inner)
     return Judged(example=inner, label=_label(row))
+
+
+def unpaired(row: Mapping[str, Any], pair: Pair) -> list[tuple[dict[str, Any], Judged]]:
+    """The two labelled answers of a pair, each with a row that would be read as it. Raises RowError."""
+    rest = {name: value for name, value in row.items() if name not in (*REQUIRED["preference"], "prompt")}
+    out = []
+    for side, label in ((pair.chosen, True), (pair.rejected, False)):
+        if isinstance(side, Plain):
+            _check_prompt(side)
+            both: tuple[Any, Any] = side.prompt, side.completion
+        else:
+            both = side.messages[: side.first_trained], side.messages[side.first_trained :]
+        own = {"prompt": both[0], "completion": both[1], "label": label}
+        out.append((rest | own, Judged(example=side, label=label)))
+    return out
+
+
+def _check_prompt(answer: Example) -> None:
+    if isinstance(answer, Plain) and not answer.prompt:
+        raise RowError("prompt is empty; kto compares answers to other prompts")
 
 
 def _label(row: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from ...launcher.errors import DataError
 from ...launcher.schema import Source
 from . import layouts, preferences
-from .preferences import Anything, parts
+from .preferences import Anything, Pair, parts
 from .readers import RowError
 from .tables import Numbered, Table
 from .turns import Chat
@@ -30,8 +30,8 @@ _LISTED = 10_000  # bad rows kept by number and reason
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """`place` counts the rows of the source from 0, good or bad; `number` is the line or row to tell a user; `row` has the columns
-    under our names, `keys` are the hashes of the prompt and of the whole."""
+    """`place` counts the rows of the source from 0, good or bad (twice, for pairs that are read as two labelled answers); `number` is
+    the line or row to tell a user; `row` has the columns under our names, `keys` are the hashes of the prompt and of the whole."""
 
     place: int
     number: int
@@ -81,20 +81,27 @@ class Block:
     def chunks(self) -> Iterator[list[Sample]]:
         while chunk := list(islice(self._numbered, CHUNK)):
             self.rows += len(chunk)
-            yield [sample for place, (number, row) in chunk if (sample := self._sample(place, number, row))]
+            yield [sample for place, (number, row) in chunk for sample in self._samples(place, number, row)]
 
-    def _sample(self, place: int, number: int, row: dict[str, Any] | RowError) -> Sample | None:
+    def _samples(self, place: int, number: int, row: dict[str, Any] | RowError) -> list[Sample]:
         try:
             if isinstance(row, RowError):
                 raise row
             named = layouts.rename(row, self._owner.source.columns)
             example = self._owner.convert(named)
-            return Sample(place=place, number=number, row=named, example=example, keys=example.keys())
+            if self._owner.kind == "kto" and isinstance(example, Pair):
+                sides = preferences.unpaired(named, example)
+            else:
+                sides = [(named, example)]
+            return [
+                Sample(place=place * len(sides) + k, number=number, row=row, example=side, keys=side.keys())
+                for k, (row, side) in enumerate(sides)
+            ]
         except RowError as error:
             self.bad.add(number, error)
         except UnicodeEncodeError:  # from the keys, which are the first to encode the text
             self.bad.add(number, "holds half of a surrogate pair, which is not Unicode text")
-        return None
+        return []
 
 
 class Samples:
