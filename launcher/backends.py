@@ -15,6 +15,11 @@ and for the trials of a sweep (sweep.py) a module with these, found by `trials`:
     preview_trials(sweep, plans, parallel) -> str    what `trebuchet sweep` hands over, byte for byte
     run_trials(sweep, numbers) -> str                starts those trials, the first time or again; the sentence that says so
     cancel_trials(sweep, folders) -> str             the same as cancel for all trials that wait or run
+
+and for work on data that is cut into parts a module with this one, found by `parts`:
+
+    parts(function, count, cluster, folder, name) -> (handle, wait)    starts function(0), function(1), … on its nodes; wait() gives a
+                                                                       row for each: index, job, result, error
 """
 
 from __future__ import annotations
@@ -41,6 +46,20 @@ TRIALS = {
     "slurm": f"{ROOT}.slurm.trials",
     "ray": f"{ROOT}.ray_cluster.trials",
 }
+
+
+PARTS = {"slurm": f"{ROOT}.slurm.fanout"}
+
+
+def parts(name: str) -> Any:
+    """The module that starts parts of one piece of work. Raises SchedulerRefused for a scheduler that has none."""
+    if name not in PARTS:
+        raise SchedulerRefused(
+            f"parts of the data are not sent to the scheduler '{name}', but to: {', '.join(PARTS)}. On this machine one command uses all "
+            f"cores; elsewhere start `trebuchet data prepare CONFIG --shards N --shard I` for each part yourself."
+        )
+    module: ModuleType = importlib.import_module(PARTS[name])
+    return module
 
 
 def trials(name: str) -> Any:

@@ -36,8 +36,6 @@ def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layou
     yield from _layout(hardware, method, layout)
     yield from _states(name, layout)
     yield from _reference(config.objective.reference_for(method), method, layout)
-    if config.objective.name == "reward" and layout.parallel in ("fsdp2", "zero3"):
-        yield "a score head has no weights in the base's files to stream onto shards; use ddp"
     if layout.parallel == "zero3" and precision(config, hardware) == "fp16-mixed":
         yield "the loss scale of fp16 is the loop's, and DeepSpeed keeps one of its own; use fsdp2, or bf16 where there is"
     if quantized(config, method) == "int8":

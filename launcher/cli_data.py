@@ -20,12 +20,16 @@ def add_data(verb: Callable[..., argparse.ArgumentParser]) -> None:
         "curate, tokenize and check the data ahead of a run; later runs find it cached",
         config=True,
         json=True,
+        cluster=True,
     )
     prepare.add_argument("--output", metavar="FOLDER", help="write the curated rows here too, as JSON lines")
     prepare.add_argument(
-        "--shards", type=int, metavar="N", help="do one part of N of the work; run it once more without, at the end"
+        "--shards",
+        type=int,
+        metavar="N",
+        help="with --cluster: cut the work into N jobs there, wait, and put together; with --shard: do one part here",
     )
-    prepare.add_argument("--shard", type=int, metavar="I", help="which part, from 0")
+    prepare.add_argument("--shard", type=int, metavar="I", help="which part, from 0; run once more without, at the end")
     inspect = verb(
         "inspect", _inspect, "show samples with the tokens that carry loss, and counts of all of them", config=True
     )
@@ -91,9 +95,13 @@ def _prepare(options: argparse.Namespace) -> int:
     from . import data_verbs
     from .errors import UserError
 
-    if (options.shards is None) != (options.shard is None):
-        raise UserError("--shards N and --shard I belong together.")
-    if options.shards is not None:
+    given = [value is not None for value in (options.shards, options.shard, options.cluster)]
+    if given not in ([False] * 3, [True, True, False], [True, False, True]):
+        raise UserError("--shards N goes with --cluster NAME, or with --shard I for one part on this machine.")
+    if options.cluster is not None:
+        for line in data_verbs.prepare_on(options.cluster, options.config, options.shards, overrides=options.overrides):
+            print(f"{line}; made here", file=sys.stderr)
+    elif options.shards is not None:
         made = data_verbs.prepare_part(options.config, options.shards, options.shard, overrides=options.overrides)
         print(
             json.dumps({"blocks": made})

@@ -188,12 +188,14 @@ def _take_back(keys: Keys) -> None:
             back = [
                 (key, to) for key, to in keys.carried.items() if any(p == to or p.startswith(to + ".") for p in wrong)
             ]
-            sections = {p for p in wrong if p and p in keys.out}  # of a section as a whole
-            back += [
-                (key, to)
-                for key, to in keys.carried.items()
-                if to.split(".")[0] in sections and to not in ("model.name",)
-            ]
+            for section in (
+                p for p in wrong if p and p in keys.out
+            ):  # of a section as a whole; mostly it begins with the key
+                held = [
+                    (key, to) for key, to in keys.carried.items() if to.split(".")[0] == section and to != "model.name"
+                ]
+                named = [(key, to) for key, to in held if to == f"{section}.{wrong[section].split()[0]}"]
+                back += named or held
             if not back:
                 raise UserError(f"what was converted is not valid: {error}") from None
             for key, to in dict(back).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import convert_common as common
 from .convert import Keys
 
@@ -20,6 +22,8 @@ def read_trl(keys: Keys) -> None:
     else:
         name = "sft"
     keys.set("objective.name", name)
+    if name == "simpo" and keys.get("cpo_alpha") == 0:
+        keys.carried["cpo_alpha"] = "objective.name"  # ours has no loss on the chosen answer in any case
     if name in ("dpo", "cpo") and losses[0] in ("sigmoid", "hinge", "ipo") and len(losses) == 1:
         keys.take("loss_type", "objective.loss", losses[0])
     elif loss in ("simpo", "kto", "nll"):
@@ -54,7 +58,7 @@ def _trl_data(keys: Keys, objective: str) -> None:
     split, subset = (
         str(value) if value else None for value in map(keys.tree.get, ("dataset_train_split", "dataset_config"))
     )
-    extra = ({"split": split} if split else {}) | ({"subset": subset} if subset else {})
+    extra: dict[str, Any] = ({"split": split} if split else {}) | ({"subset": subset} if subset else {})
     for key, value in (("dataset_train_split", split), ("dataset_config", subset)):
         if value:
             keys.carried[key] = "data.train"
@@ -74,7 +78,7 @@ def _trl_data(keys: Keys, objective: str) -> None:
     elif isinstance(keys.get("datasets"), list) and all(isinstance(entry, dict) for entry in keys.get("datasets")):
         sources = []
         for entry in keys.get("datasets"):
-            source = {"path": entry.get("path")}
+            source: dict[str, Any] = {"path": entry.get("path")}
             source |= {
                 ours: entry[theirs] for theirs, ours in (("name", "subset"), ("split", "split")) if entry.get(theirs)
             }

@@ -6,11 +6,15 @@ Left out: what is done to the rows (`training/data/`).
 
 from __future__ import annotations
 
+import functools
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import api
+from . import api, backends
+from .cluster import load_cluster
 from .config import load_config
 from .errors import UserError
 from .model_spec import load_model_spec
@@ -75,6 +79,26 @@ def prepare_part(config: str, shards: int, shard: int, *, overrides: Sequence[st
 
     known = _tokenizer(checked, load_model_spec(checked.model))
     return part(checked.data, checked.objective, shards=shards, shard=shard, **known)
+
+
+def prepare_on(cluster: str, config: str, shards: int, *, overrides: Sequence[str] = ()) -> list[str]:
+    """All parts as jobs on the nodes of a cluster, waited for; a line for each that failed. What a part leaves out `prepare` makes
+    here, and raises what was wrong with it."""
+    if shards < 1:
+        raise UserError(f"--shards {shards}: 1 or more.")
+    where = load_cluster(cluster)
+    module = backends.parts(where.scheduler)
+    checked = load_config(config, overrides)
+    cache = _tokenizer(checked, load_model_spec(checked.model))[
+        "cache_dir"
+    ]  # fetched here, where there may be a network
+    folder = cache / "jobs" / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    part = functools.partial(prepare_part, config, shards, overrides=tuple(overrides))
+    handle, wait = module.parts(part, shards, where, folder=folder, name="data-prepare")
+    print(f"{shards} parts are {handle}; waiting for them. Their logs: {folder}", file=sys.stderr)
+    rows = wait()
+    return [f"part {row['index']} (job {row['job']}): {row['error']}" for row in rows if row["error"]]
 
 
 def _tokenizer(checked: Any, spec: Any) -> dict[str, Any]:

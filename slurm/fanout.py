@@ -9,19 +9,23 @@ requeue themselves (scheduler.py; many of them: trials.py).
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..launcher.errors import SchedulerRefused
+from ..launcher.cluster import Cluster
+from ..launcher.errors import ClusterError, SchedulerRefused, UserError
 from ..launcher.record import write_atomically
-from . import states
-from .site import Site
+from . import sbatch, states
+from .scheduler import INHERITED
+from .site import Site, build_site
 
 if TYPE_CHECKING:
     from submitit import Job
 
+CORES = 4  # of a task, at most: tokenizing uses several, and small tasks start sooner
 LONGEST_S = 10.0
 LARGEST = 1000  # Slurm's MaxArraySize is 1001 unless the site says otherwise, and indices start at 0
 
@@ -32,13 +36,21 @@ def fan_out(
 ) -> list[Job[Any]]:  # fmt: skip
     """Submits `function(item)` for every item, one task each, and returns at once; `folder` is on the shared file system.
 
-    Raises SchedulerRefused with sbatch's words, and ValueError for more items than one array holds.
+    Raises SchedulerRefused with sbatch's words, ClusterError for a site whose jobs run in containers, and ValueError for more items
+    than one array holds.
     """
     import submitit
 
+    if site.container is not None:
+        raise ClusterError(
+            "calls of a Python function do not run in containers; use slurm.venv or slurm.conda for them."
+        )
     if not items or len(items) > LARGEST:
         raise ValueError(f"{len(items)} items; one array holds 1 to {LARGEST}. Several calls make several arrays.")
-    executor = submitit.SlurmExecutor(folder=folder, python=site.python)
+    own = (
+        "python3" if site.venv or site.conda else None
+    )  # of the environment that the job activates; else the one that submits
+    executor = submitit.SlurmExecutor(folder=folder, python=site.python or own)
     executor.update_parameters(**parameters(site, name=name, parallel=parallel, cpus=cpus, gpus=gpus))
     try:
         return executor.map_array(function, items)
@@ -68,10 +80,13 @@ def parameters(site: Site, *, name: str, parallel: int, cpus: int, gpus: int) ->
         "array_parallelism": parallel,
         "stderr_to_stdout": True,
         "setup": [
-            *site.setup,
-            *(f"module load {quote(module)}" for module in site.modules),
+            *sbatch.site_lines(site).splitlines(),
             "export SLURM_EXPORT_ENV=ALL",
-            *(f"export {key}={quote(value)}" for key, value in sorted(site.environment.items())),
+            *(
+                f"export {key}={quote(value)}"
+                for key, value in sorted((sbatch.caches(site) | site.environment).items())
+            ),
+            *sbatch.secrets(site),
         ],
         "srun_args": list(site.srun),
     }
@@ -81,6 +96,29 @@ def parameters(site: Site, *, name: str, parallel: int, cpus: int, gpus: int) ->
     if site.reservation:
         others["reservation"] = site.reservation
     return {key: value for key, value in named.items() if value is not None} | {"additional_parameters": others}
+
+
+def parts(
+    function: Callable[[int], Any], count: int, cluster: Cluster, *, folder: Path, name: str
+) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
+    """Starts `function(0)` to `function(count - 1)` on the nodes of a cluster, as launcher/backends.py says of `parts`."""
+    site, cores = build_site(cluster.slurm, cluster.name), cluster.groups[0].cores
+    handed = {name: os.environ[name] for name in INHERITED if name in os.environ} | {"HF_HUB_OFFLINE": "1"}
+    site = site.model_copy(update={"environment": handed | sbatch.caches(site) | site.environment})
+    try:
+        jobs = fan_out(function, range(count), site=site, folder=folder, name=name, cpus=min(cores or 1, CORES))
+    except ImportError:
+        raise UserError("parts as jobs of Slurm need submitit: pip install 'trebuchet[slurm]'.") from None
+    array = jobs[0].job_id.partition("_")[0]
+
+    def wait() -> list[dict[str, Any]]:
+        try:
+            return gather(jobs)
+        except KeyboardInterrupt:
+            states.call("scancel", array)
+            raise
+
+    return f"slurm://{cluster.name}/{array}", wait
 
 
 def gather(jobs: Sequence[Job[Any]]) -> list[dict[str, Any]]:

@@ -74,7 +74,7 @@ def _script(spec: JobSpec, site: Site, python: str, start: str) -> str:
         [
             "#!/bin/bash\n" + f"# {spec.name}: written by trebuchet for Ray's autoscaler.\n",
             "\n".join(f"#SBATCH {line}" for line in _directives(spec, site)) + "\n",
-            sbatch._site_lines(site),
+            sbatch.site_lines(site),
             sbatch._environment(spec.model_copy(update={"gpus_per_node": 0}), site),  # ranks get theirs from their run
             f"python={name}\n{start}{RELAY}",
         ]

@@ -91,7 +91,7 @@ def render(spec: JobSpec, site: Site, python: str, *, array: Array | None = None
         "#!/bin/bash\n" + _headline(spec),
         "\n".join(f"#SBATCH {line}" for line in directives(spec, site, array=array)) + "\n",
         _enter(spec, array),
-        _site_lines(site),
+        site_lines(site),
         _environment(spec, site, array),
         MEETING,
         TASK.format(caches=_node_local(site)),
@@ -165,7 +165,7 @@ def _enter(spec: JobSpec, array: Array | None) -> str:
     return "\n".join([*lines, ""])
 
 
-def _site_lines(site: Site) -> str:
+def site_lines(site: Site) -> str:
     """Modules and environments; a line that fails ends the job before anything is computed."""
     lines = [*site.setup]
     if site.modules:
@@ -184,9 +184,7 @@ def _site_lines(site: Site) -> str:
 
 
 def _environment(spec: JobSpec, site: Site, array: Array | None = None) -> str:
-    values = dict(spec.environment)
-    if site.cache:
-        values["HF_HOME"], values["TREBUCHET_CACHE"] = f"{site.cache}/huggingface", f"{site.cache}/trebuchet"
+    values = dict(spec.environment) | caches(site)
     if spec.gpus_per_node:
         values |= {"NCCL_DEBUG": "WARN", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000"}
     values |= site.environment
@@ -199,8 +197,18 @@ def _environment(spec: JobSpec, site: Site, array: Array | None = None) -> str:
         lines.append("WANDB_RUN_ID=$WANDB_RUN_ID-$SLURM_ARRAY_TASK_ID")
     if spec.gpus_per_node:
         lines.append('export TORCH_NCCL_DEBUG_INFO_TEMP_FILE="$run/logs/nccl-trace-"')
-    lines += [f"{name}=$(<{path(file)}) || exit 1; export {name}" for name, file in sorted(site.secrets.items())]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *secrets(site), ""])
+
+
+def caches(site: Site) -> dict[str, str]:
+    return (
+        {} if not site.cache else {"HF_HOME": f"{site.cache}/huggingface", "TREBUCHET_CACHE": f"{site.cache}/trebuchet"}
+    )
+
+
+def secrets(site: Site) -> list[str]:
+    """Read on the node, where they are needed."""
+    return [f"{name}=$(<{path(file)}) || exit 1; export {name}" for name, file in sorted(site.secrets.items())]
 
 
 def _programs(site: Site, python: str, *, recorded: bool) -> str:

@@ -62,15 +62,18 @@ def prepare(
     """
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
     streamed = chosen.parallel in ("fsdp2", "zero3")
+    made: dict[str, torch.Tensor] = {}
     net = (
-        _skeleton(folder, model, strategy, chosen)
+        _skeleton(folder, model, strategy, chosen, score)
         if streamed
         else _load(folder, model, strategy, chosen, device, score)
     )
     if score:
-        from .score import add_score_places, start_scores_small
+        from .score import add_score_places, small_scores
 
-        start_scores_small(add_score_places(net), seed)
+        made = small_scores(add_score_places(net), seed)
+        if not streamed:
+            net.score.weight.data.copy_(made["score.weight"])
     net.config.use_cache = False  # with the cache on, packed samples attend to each other (transformers 5.23, measured)
     if chosen.method != "full":
         net = _adapt(net, strategy, score)
@@ -79,11 +82,11 @@ def prepare(
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     fill: Callable[..., None] = partial(
-        streaming.fill, folder=folder, device=device, offload=chosen.offload == "params", seed=seed
+        streaming.fill, folder=folder, made=made, device=device, offload=chosen.offload == "params", seed=seed
     )
     if chosen.parallel == "zero3":
         dtype = compute_dtype(chosen.precision)
-        fill = partial(zero3_read.read, folder=folder, dtype=dtype, device=device, seed=seed)
+        fill = partial(zero3_read.read, folder=folder, made=made, dtype=dtype, device=device, seed=seed)
     total = weights(net)
     return Prepared(model=net, kernels=report, trainable=trainable, total=total, fill=fill if streamed else None)
 
@@ -111,8 +114,9 @@ def weights(net: torch.nn.Module) -> int:
     return total
 
 
-def _skeleton(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen) -> Any:
-    net = streaming.skeleton(folder, model, dtype=storage_dtype(chosen), attention=ATTENTION[chosen.attention])
+def _skeleton(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, score: bool) -> Any:
+    attention = ATTENTION[chosen.attention]
+    net = streaming.skeleton(folder, model, dtype=storage_dtype(chosen), attention=attention, score=score)
     if chosen.method == "qlora":
         streaming.to_nf4(net, double=strategy.quant.double, compute_dtype=compute_dtype(chosen.precision))
     return net

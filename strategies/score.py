@@ -35,9 +35,9 @@ def _forward(self: Any, *args: Any, score_at: Tensor | None = None, **kwargs: An
     return SequenceClassifierOutput(logits=scores)
 
 
-def start_scores_small(net: Any, seed: int) -> None:
-    """The head starts from the same small values on every rank and in every run; transformers draws it anew at each load."""
+def small_scores(net: Any, seed: int) -> dict[str, Tensor]:
+    """What the head starts from, by the name that its file would have: the same small values on every rank and in every run;
+    transformers draws it anew at each load."""
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        drawn = torch.empty(net.score.weight.shape, dtype=torch.float32).normal_(0.0, 0.02, generator=generator)
-        net.score.weight.copy_(drawn)
+    shape = net.score.weight.shape
+    return {"score.weight": torch.empty(shape, dtype=torch.float32).normal_(0.0, 0.02, generator=generator)}

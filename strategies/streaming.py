@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +33,19 @@ if TYPE_CHECKING:
 PIECE = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
-def skeleton(folder: Path, model: Model, *, dtype: torch.dtype, attention: str) -> Any:
-    """The causal LM of a Hugging Face folder with parameters on meta, tied as its config says."""
+def skeleton(folder: Path, model: Model, *, dtype: torch.dtype, attention: str, score: bool = False) -> Any:
+    """The causal LM of a Hugging Face folder with parameters on meta, tied as its config says; with `score` its score model."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
     options = {"trust_remote_code": model.trust_remote_code}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    if score:
+        config.num_labels = 1
+    kind = AutoModelForSequenceClassification if score else AutoModelForCausalLM
     with init_empty_weights(include_buffers=False):
-        net: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention, **options)
+        net: Any = kind.from_config(config, dtype=dtype, attn_implementation=attention, **options)
+    net.config.architectures = [type(net).__name__]
     net.tie_weights()
     if (folder / "generation_config.json").exists():
         net.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
@@ -63,14 +68,17 @@ def to_nf4(net: Any, *, double: bool, compute_dtype: torch.dtype) -> None:
                 setattr(module, child, made)
 
 
-def fill(net: Any, *, folder: Path, device: torch.device, offload: bool, seed: int) -> None:
+def fill(
+    net: Any, *, folder: Path, made: Mapping[str, torch.Tensor], device: torch.device, offload: bool, seed: int
+) -> None:
     """Memory and values for every sharded parameter of `net` that is on meta. `net` is a causal LM, or PEFT's model around one.
+    `made`: tensors that no file has, by name.
 
     Collective. With `offload` parameters stay in host memory. Raises LayoutError when the files lack a tensor.
     """
     materialize(net, device, torch.device("cpu") if offload else device)
     core = net.get_base_model() if hasattr(net, "get_base_model") else net
-    with torch.no_grad(), Weights(folder) as weights:
+    with torch.no_grad(), Weights(folder, made) as weights:
         done: set[int] = set()
         for name, module in core.named_modules():
             if isinstance(module, NF4Linear):
@@ -122,10 +130,10 @@ def own_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 class Weights:
-    """The safetensors files of a folder, opened when needed; reads rows, never a file."""
+    """The safetensors files of a folder, opened when needed; reads rows, never a file. `made` holds tensors that no file has."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, made: Mapping[str, torch.Tensor]):
+        self.folder, self.made = folder, made
         self.files: dict[str, Any] = {}
         self.where: dict[str, str] = {}
 
@@ -148,6 +156,8 @@ class Weights:
 
     def rows(self, name: str, shape: torch.Size, start: int, count: int) -> torch.Tensor:
         """Rows start to start + count of tensor `name`, in the file's dtype; its shape must be `shape`."""
+        if name in self.made:
+            return self.made[name][start : start + count]
         if name not in self.where:
             raise LayoutError(
                 f"{self.folder} has no tensor {name}, so this model cannot be streamed onto shards; its checkpoint names its "
@@ -226,5 +236,7 @@ def is_adapter(name: str) -> bool:
 
 
 def hub_name(name: str) -> str:
-    """The name of a tensor in the files: PEFT's wrappers taken away."""
-    return name.replace(".base_layer.", ".")
+    """The name of a tensor in the files: PEFT's wrappers taken away, of a layer with adapters and of one that is trained whole."""
+    for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default."):
+        name = name.replace(wrapper, ".")
+    return name

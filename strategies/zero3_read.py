@@ -5,7 +5,7 @@ The cut is DeepSpeed's, and flat; `streaming.py` reads rows for FSDP2. Here ever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,24 @@ def read(
     cut: Callable[[torch.nn.Parameter], None],
     *,
     folder: Path,
+    made: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
 ) -> None:
     """Every parameter of the skeleton read, or quantized, whole on `device` and cut before the next. Parameters that were one object
-    still are. Buffers go to `device`."""
+    still are. Buffers go to `device`. `made`: tensors that no file has, by name."""
     core = net.get_base_model() if hasattr(net, "get_base_model") else net
-    made: dict[int, torch.nn.Parameter] = {}
+    real_ones: dict[int, torch.nn.Parameter] = {}
 
     def real(module: torch.nn.Module, key: str, value: torch.Tensor) -> torch.nn.Parameter:
         before = module._parameters[key]
         assert before is not None
         parameter = torch.nn.Parameter(value, requires_grad=before.requires_grad)
-        module._parameters[key] = made[id(before)] = made[id(parameter)] = parameter
+        module._parameters[key] = real_ones[id(before)] = real_ones[id(parameter)] = parameter
         return parameter
 
-    with torch.no_grad(), streaming.Weights(folder) as weights:
+    with torch.no_grad(), streaming.Weights(folder, made) as weights:
         for name, module in core.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
@@ -54,11 +55,11 @@ def read(
                 for parameter in both:
                     cut(parameter)
             for key, parameter in list(module.named_parameters(recurse=False)):
-                if id(parameter) not in made:
+                if id(parameter) not in real_ones:
                     found = weights.rows(streaming.hub_name(f"{name}.{key}"), parameter.shape, 0, len(parameter))
                     cut(real(module, key, found.to(device, dtype)))
                 elif streaming.is_adapter(f"{name}.{key}"):
                     parameter.data = parameter.data.to(dtype)
                     cut(parameter)
                 else:
-                    module._parameters[key] = made[id(parameter)]
+                    module._parameters[key] = real_ones[id(parameter)]

@@ -36,7 +36,7 @@ def converted(recipe: dict[str, Any], folder: Path, **how: Any) -> Converted:
 
 def test_there_are_enough_recipes() -> None:
     counts = {name: sum(origin == name for origin, _ in ALL.values()) for name in FORMATS}
-    assert counts["axolotl"] >= 20 and counts["llamafactory"] >= 20 and counts["trl"] >= 5
+    assert all(count >= 20 for count in counts.values()), counts
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -136,6 +136,16 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "trl-2": {"strategy.method": "qlora", "data.max_length": 4096, "model.dtype": "bf16", "strategy.checkpointing": "full"},
     "trl-3": {"objective.name": "dpo", "objective.reference": "precomputed", "optimization.max_steps": 1000},
     "trl-4": {"objective.name": "kto", "objective.undesirable_weight": 1.33, "strategy.quant.type": "int8", "optimization.warmup": 0.1},
+    "trl-8": {"objective.name": "simpo", "objective.gamma": 1.4, "objective.beta": 2.5},
+    "trl-9": {"objective.name": "cpo", "objective.loss": "hinge", "checkpointing.keep": 2, "model.attention": "eager"},
+    "trl-10": {"objective.name": "dpo", "objective.loss": "ipo", "objective.beta": 0.05, "strategy.method": "qlora"},
+    "trl-13": {"data.packing": True, "optimization.max_steps": 500, "tracking": [], "optimization.seed": 42},
+    "trl-14": {"data.train": [{"path": "wikitext", "subset": "wikitext-103-raw-v1"}], "optimization.weight_decay": 0.1},
+    "trl-18": {
+        "data.train": [{"path": "one.jsonl"}, {"path": "org/b", "subset": "math", "split": "train[:10%]"}],
+        "strategy.lora.targets": ["qkv_proj", "o_proj"],
+    },
+    "trl-19": {"objective.name": "reward", "strategy.method": "qlora"},
     "trl-5": {"objective.name": "reward", "objective.center": 0.01, "evaluation.every": 0.999999},
 }  # fmt: skip
 
@@ -176,6 +186,13 @@ def test_what_a_recipe_means(name: str, tmp_path: Path) -> None:
         ("trl-1", "objective: sft: taken from the keys, for TRL names it on its command line"),
         ("trl-6", "optim: adafactor: optimization.optimizer has adamw"),
         ("trl-6", "loss_type: dft: objective: sft"),
+        ("trl-7", "objective: dpo: taken from the keys, for TRL names it on its command line; --objective NAME says another"),
+        ("trl-11", "loss_type: [\"sigmoid\", \"bco_pair\", \"sft\"]: objective: sft; dpo and cpo with loss"),
+        ("trl-12", "chat_template_path: HuggingFaceTB/SmolLM3-3B: data.chat_template: a Jinja file"),
+        ("trl-16", "loss_type: apo_zero_unpaired: objective: sft; dpo and cpo with loss"),
+        ("trl-17", "use_vllm: true: generation during training is not part of any objective"),
+        ("trl-20", "loss_type: robust: objective: sft; dpo and cpo with loss"),
+        ("trl-21", "teacher_model_name_or_path: HuggingFaceTB/SmolLM2-1.7B-Instruct: objective: sft on the teacher's answers"),
     ],
 )  # fmt: skip
 def test_what_could_not_be_carried_is_said_with_the_nearest(name: str, line: str, tmp_path: Path) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from trebuchet.launcher import cli, data_verbs
 from trebuchet.slurm.fanout import fan_out, gather, write_table
 from trebuchet.slurm.site import build_site
 
@@ -39,6 +43,45 @@ def test_a_thousand_items_are_one_call(slurm: SlurmCluster, tmp_path: Path) -> N
     slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     assert {job.job_id.partition("_")[0] for job in jobs} == {jobs[0].job_id.partition("_")[0]} and len(jobs) == 1000
     assert taken < 30, "one call takes well under a second on an idle machine"
+
+
+@pytest.mark.slow
+def test_parts_of_the_data_are_jobs_and_put_together_here(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two tasks make the blocks of both sources; what they leave is the entries that one process makes. Tasks that end before they
+    begin are named, and their work is done here."""
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(tiny_config()), encoding="utf-8")
+    cache = tmp_path / "cache" / "data"
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "alone"))
+    alone = data_verbs.prepare(str(config))
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "cache"))
+    assert data_verbs.prepare_on(cluster_file(), str(config), 2) == []
+    assert sorted(path.name[-2:] for path in cache.glob("*-0")) == ["-0", "-0"]  # a block of each source
+    together = data_verbs.prepare(str(config))
+    assert together["fingerprint"] == alone["fingerprint"] and not list(cache.glob("*-0"))
+
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "third"))
+    words = ["data", "prepare", str(config), "--shards", "2", "--cluster", cluster_file(setup=["exit 3"])]
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    assert "cached for the runs that follow" in said.out
+    failed = [line for line in said.err.splitlines() if line.startswith("part ")]
+    assert len(failed) == 2 and all("ended without a result" in line and "made here" in line for line in failed)
+
+
+def test_parts_go_where_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "train.yaml"
+    config.write_text("model: m\ndata: d.jsonl\n")
+    for words, says in (
+        (["--shards", "2"], "--shards N goes with --cluster NAME, or with --shard I"),
+        (["--cluster", "rtx4090-1"], "--shards N goes with --cluster NAME, or with --shard I"),
+        (["--shards", "2", "--cluster", "rtx4090-1"], "not sent to the scheduler 'local', but to: slurm"),
+    ):
+        assert cli.main(["data", "prepare", str(config), *words]) in (2, 4)
+        assert says in capsys.readouterr().err
 
 
 def test_more_than_one_array_holds_is_refused(tmp_path: Path) -> None:
