@@ -32,6 +32,17 @@ def judged(count: int = COUNT, start: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def answers(count: int = COUNT, start: int = 0) -> list[dict[str, Any]]:
+    return [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs(count, start)]
+
+
+def texts(count: int = COUNT, start: int = 0) -> list[dict[str, Any]]:
+    return [{"text": row["prompt"] + row["chosen"]} for row in pairs(count, start)]
+
+
+KINDS = {"kto": "judged", "sft": "answers", "pretrain": "texts"}
+
+
 @pytest.fixture(scope="session")
 def compared_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("compared")
@@ -42,6 +53,10 @@ def compared_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
             "pairs-eval": pairs(6, 100),
             "judged": judged(),
             "judged-eval": judged(6, 100),
+            "answers": answers(),
+            "answers-eval": answers(6, 100),
+            "texts": texts(),
+            "texts-eval": texts(6, 100),
         }.items()
     }
 
@@ -52,7 +67,7 @@ def compare(make_loop: Callable[..., Any], compared_files: dict[str, str]) -> Ca
 
     def build(objective: Mapping[str, Any], changes: Mapping[str, Any] | None = None, *, moved: bool = True) -> Any:
 
-        kind = "judged" if objective["name"] == "kto" else "pairs"
+        kind = KINDS.get(objective["name"], "pairs")
         settings = {
             "data.train": compared_files[kind],
             "data.eval": compared_files[f"{kind}-eval"],
@@ -94,9 +109,10 @@ def trl(tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[float, dict[str
     """(loss, gradient by parameter name) of a TRL trainer on the first batch of `rows`, for a copy of `policy`."""
 
     def run(
-        trainer: Any, config: Any, policy: Any, rows: list[dict[str, Any]], *, reference: bool, **settings: Any
-    ) -> Any:
-        trainer = make_trainer(trainer, config, policy, rows, reference=reference, **settings)
+        trainer: Any, config: Any, policy: Any, rows: list[dict[str, Any]], *, reference: bool, folder: Path = tiny_model,
+        **settings: Any,
+    ) -> Any:  # fmt: skip
+        trainer = make_trainer(trainer, config, policy, rows, reference=reference, folder=folder, **settings)
         model = trainer.model
         batch = next(iter(trainer.get_train_dataloader()))
         loss = trainer.compute_loss(model, batch)
@@ -104,12 +120,13 @@ def trl(tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[float, dict[str
         return float(loss.detach()), gradient(model)
 
     def make_trainer(
-        trainer: Any, config: Any, policy: Any, rows: list[dict[str, Any]], *, reference: bool, **settings: Any
-    ) -> Any:
+        trainer: Any, config: Any, policy: Any, rows: list[dict[str, Any]], *, reference: bool, folder: Path = tiny_model,
+        **settings: Any,
+    ) -> Any:  # fmt: skip
         from datasets import Dataset
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         common: dict[str, Any] = {
             "output_dir": str(tmp_path / "trl"), "per_device_train_batch_size": len(rows), "bf16": False,
             "gradient_checkpointing": False, "report_to": [], "use_cpu": True, "max_length": 96,
@@ -120,7 +137,7 @@ def trl(tiny_model: Path, tmp_path: Path) -> Callable[..., tuple[float, dict[str
             "processing_class": tokenizer,
         }  # fmt: skip
         if reference:
-            arguments["ref_model"] = AutoModelForCausalLM.from_pretrained(tiny_model, dtype="float32")
+            arguments["ref_model"] = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
         return trainer(**arguments)
 
     run.make_trainer = make_trainer  # type: ignore[attr-defined]

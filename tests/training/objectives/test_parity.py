@@ -16,18 +16,20 @@ from trebuchet.training.objectives import losses
 from trebuchet.training.objectives.base import token_logps
 
 from ...conftest import write_jsonl
-from .conftest import gradient, in_file_order, judged, pairs, plain_copy
+from .conftest import answers, gradient, in_file_order, judged, pairs, plain_copy, texts
 
 # fp32: both sum a few hundred log-probabilities through two layers in different orders.
 LOSS, GRADIENT = 1e-5, 1e-5
 
 
-def ours(loop: Any) -> tuple[float, dict[str, torch.Tensor]]:
+def ours(loop: Any, batch: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradient of one step over every row, in the file's order, before the optimizer moves anything."""
     seen: dict[str, torch.Tensor] = {}
     model = loop.stepper.model_inside()
     hook = loop.stepper.optimizer.register_step_pre_hook(lambda *_: seen.update(gradient(model)))
-    result = loop.stepper.step([loop.stepper.objective.collate(loop.units, in_file_order(loop), **LAYOUT)])
+    if batch is None:
+        batch = loop.stepper.objective.collate(loop.units, in_file_order(loop), **LAYOUT)
+    result = loop.stepper.step([batch])
     hook.remove()
     return result.loss, seen
 
@@ -53,6 +55,64 @@ def likelier(loop: Any) -> None:
         with torch.no_grad():
             for parameter, slope in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
                 parameter -= 0.5 * slope
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft(compare: Callable[..., Any], trl: Callable[..., Any], name: str, packing: bool) -> None:
+    """Answers to prompts, and plain texts of which every token carries loss; packed, both sides' documents see only themselves."""
+    from trl import SFTConfig, SFTTrainer
+
+    loop = compare({"name": name}, {"data.packing": packing})
+    policy = plain_copy(loop.stepper.model_inside())
+    rows = answers() if name == "sft" else texts()
+    theirs = trl(SFTTrainer, SFTConfig, policy, rows, reference=False, packing=packing)
+    if not packing:
+        same(ours(loop), theirs)
+        return
+    assert len(loop.rows) < len(rows)
+    batch = loop.stepper.objective.collate(loop.units, loop.rows, **(LAYOUT | {"packing": True}))
+    same(ours(loop, batch), theirs)
+
+
+@pytest.fixture
+def begins_with_bos(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model with a tokenizer that puts BOS before every text by itself and says that it pads on the left."""
+    import shutil
+
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "with bos"
+    shutil.copytree(tiny_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.bos_token, tokenizer.padding_side = "<|im_start|>", "left"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "orpo"])
+def test_bos_and_the_side_of_padding(
+    compare: Callable[..., Any], trl: Callable[..., Any], name: str, begins_with_bos: Path
+) -> None:
+    """One BOS before prompt and answer, EOS behind, padding on the right whatever the tokenizer says."""
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    kinds: dict[str, Any] = {
+        "sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig), "orpo": (ORPOTrainer, ORPOConfig),
+    }  # fmt: skip
+    trainer, config = kinds[name]
+    loop = compare({"name": name}, {"model.name": str(begins_with_bos)})
+    policy = plain_copy(loop.stepper.model_inside())
+    ids, bos = loop.units.documents(0)[0][0].tolist(), AutoTokenizer.from_pretrained(begins_with_bos).bos_token_id
+    assert ids[0] == bos and ids.count(bos) == 1
+    rows = answers() if name == "sft" else pairs()
+    same(ours(loop), trl(trainer, config, policy, rows, reference=name == "dpo", folder=begins_with_bos))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo"])
@@ -153,12 +213,12 @@ def test_label_smoothing_of_dpo_is_what_the_name_says(compare: Callable[..., Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "sft"])
 def test_thirty_steps_follow_trls_loss_curve(compare: Callable[..., Any], trl: Callable[..., Any], name: str) -> None:
     """AdamW at a constant rate over the rows in their order, ten times over; kto with all of them in each batch."""
     import trl as theirs
 
-    rows, size = (judged(), len(judged())) if name == "kto" else (pairs(), 4)
+    rows, size = (judged(), len(judged())) if name == "kto" else (answers() if name == "sft" else pairs(), 4)
     rate = {"optimization.learning_rate": 1e-3, "optimization.schedule": "constant", "optimization.warmup": 0}
     loop = compare({"name": name}, {**rate, "optimization.weight_decay": 0, "optimization.max_steps": 30}, moved=False)
     policy = plain_copy(loop.stepper.model_inside())
@@ -169,7 +229,7 @@ def test_thirty_steps_follow_trls_loss_curve(compare: Callable[..., Any], trl: C
         batch = loop.stepper.objective.collate(loop.units, order[start : start + size], **LAYOUT)
         mine.append(loop.stepper.step([batch]).loss)
     trainer = trl.make_trainer(  # type: ignore[attr-defined]
-        getattr(theirs, f"{name.upper()}Trainer"), getattr(theirs, f"{name.upper()}Config"), policy, rows, reference=True,
+        getattr(theirs, f"{name.upper()}Trainer"), getattr(theirs, f"{name.upper()}Config"), policy, rows, reference=name != "sft",
         per_device_train_batch_size=size, max_steps=30, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
         max_grad_norm=0.0, logging_steps=1, save_strategy="no", optim="adamw_torch",
     )  # fmt: skip
