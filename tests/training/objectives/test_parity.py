@@ -212,6 +212,14 @@ def test_label_smoothing_of_dpo_is_what_the_name_says(compare: Callable[..., Any
     assert ours(loop)[0] > plain
 
 
+LOGGED = {
+    "accuracy": "rewards/accuracies",
+    "margin": "rewards/margins",
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "kto", "sft"])
 def test_thirty_steps_follow_trls_loss_curve(compare: Callable[..., Any], trl: Callable[..., Any], name: str) -> None:
@@ -227,17 +235,23 @@ def test_thirty_steps_follow_trls_loss_curve(compare: Callable[..., Any], trl: C
     for step in range(30):
         start = step * size % len(rows)
         batch = loop.stepper.objective.collate(loop.units, order[start : start + size], **LAYOUT)
-        mine.append(loop.stepper.step([batch]).loss)
+        mine.append(loop.stepper.step([batch]))
     trainer = trl.make_trainer(  # type: ignore[attr-defined]
         getattr(theirs, f"{name.upper()}Trainer"), getattr(theirs, f"{name.upper()}Config"), policy, rows, reference=name != "sft",
         per_device_train_batch_size=size, max_steps=30, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.0,
         max_grad_norm=0.0, logging_steps=1, save_strategy="no", optim="adamw_torch",
     )  # fmt: skip
     trainer.train()
-    curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(curve) == 30 and curve[-1] < 0.8 * curve[0]
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 30 and logged[-1]["loss"] < 0.8 * logged[0]["loss"]
     # Adam divides by the root of small moments, so rounding grows from step to step; TRL logs four digits.
-    assert mine == pytest.approx(curve, rel=5e-3, abs=2e-4)
+    assert [step.loss for step in mine] == pytest.approx([entry["loss"] for entry in logged], rel=5e-3, abs=2e-4)
+    for ours, its in LOGGED.items():
+        if its in logged[-1]:  # before the first step no side is ahead: half right to us, wrong to TRL
+            found = [step.figures[ours] for step in mine[1:]]
+            assert found == pytest.approx([entry[its] for entry in logged[1:]], rel=1e-2, abs=2e-3), ours
+            assert abs(found[-1]) > 0.01
+    assert (name == "sft") == ("rewards/margins" not in logged[-1])
 
 
 def test_chat_rows_differ_by_what_stands_behind_the_end(
