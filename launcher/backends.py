@@ -48,7 +48,7 @@ TRIALS = {
 }
 
 
-PARTS = {"slurm": f"{ROOT}.slurm.fanout"}
+PARTS = {"slurm": f"{ROOT}.slurm.fanout", "ray": f"{ROOT}.ray_cluster.parts"}
 
 
 def parts(name: str) -> Any:

@@ -78,7 +78,7 @@ def test_parts_go_where_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixt
     for words, says in (
         (["--shards", "2"], "--shards N goes with --cluster NAME, or with --shard I"),
         (["--cluster", "rtx4090-1"], "--shards N goes with --cluster NAME, or with --shard I"),
-        (["--shards", "2", "--cluster", "rtx4090-1"], "not sent to the scheduler 'local', but to: slurm"),
+        (["--shards", "2", "--cluster", "rtx4090-1"], "not sent to the scheduler 'local', but to: slurm, ray"),
     ):
         assert cli.main(["data", "prepare", str(config), *words]) in (2, 4)
         assert says in capsys.readouterr().err

@@ -1,0 +1,33 @@
+"""Parts of the data as tasks of a real Ray cluster, put together on this side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from trebuchet.launcher import data_verbs
+
+
+@pytest.mark.slow
+def test_parts_of_the_data_are_tasks_and_put_together_here(
+    ray_cluster: Path, tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entries are those that one process makes; a part that fails says why."""
+    config = tmp_path / "train.yaml"
+    config.write_text(yaml.safe_dump(tiny_config()), encoding="utf-8")
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "alone"))
+    alone = data_verbs.prepare(str(config))
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path / "cache" / "data"
+    assert data_verbs.prepare_on(str(ray_cluster), str(config), 2) == []
+    assert len(list(cache.glob("*-0"))) == 2  # a block of each source
+    together = data_verbs.prepare(str(config))
+    assert together["fingerprint"] == alone["fingerprint"] and not list(cache.glob("*-0"))
+
+    missing = {"data.train": str(tmp_path / "gone.jsonl")}
+    config.write_text(yaml.safe_dump(tiny_config(missing)), encoding="utf-8")
+    [line] = data_verbs.prepare_on(str(ray_cluster), str(config), 1)
+    assert line.startswith("part 0 (job ") and "gone.jsonl: no such file" in line
