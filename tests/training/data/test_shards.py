@@ -107,7 +107,9 @@ def sheets(folder: Path, cache: str, **curated: Any) -> tuple[Maker, Samples, st
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_processes_of_one_machine_share_the_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_of_one_machine_share_the_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """66 rows in blocks of 7: this process makes the even ones, a child the odd ones, and together they are what one makes. A child
     that is killed costs time."""
     alone, samples, digest = sheets(tmp_path, "alone")
@@ -127,6 +129,7 @@ def test_processes_of_one_machine_share_the_blocks(tmp_path: Path, monkeypatch: 
     )
     maker, samples, digest = sheets(tmp_path, "killed", function=f"{code}:keep")
     together.blocks(maker, samples, digest, filtered=True)
+    assert "process 1 of 2 ended with -9; its rows are read here" in capsys.readouterr().err
     key = maker.key(samples, digest, True)
     assert [open_sheet(maker.cache / f"{key}-{number}") is not None for number in range(4)] == [
         True,

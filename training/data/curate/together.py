@@ -7,6 +7,7 @@ script again. Left out: other machines, which `data prepare --shards` is for.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .rows import Maker
 
 LARGE_BYTES = 64 << 20  # of a source; a child takes a second to start, as long as 4 MB of rows
+REFUSED = 2  # exit code of a child that came to data which will be refused
 _MOST = 8  # processes; each reads the whole source, so more of them gain little
 
 
@@ -50,11 +52,16 @@ def blocks(maker: Maker, samples: of_samples.Samples, content: str, *, filtered:
             child = subprocess.Popen([sys.executable, "-m", __name__, str(number)], stdin=subprocess.PIPE)
             children.append(child)
             assert child.stdin is not None
-            child.stdin.write(json.dumps(job).encode())
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # one that ended already is seen below
+                child.stdin.write(json.dumps(job).encode())
+                child.stdin.close()
         maker.part(samples, content, lambda block: block % count == 0, filtered=filtered)
-        for child in children:
-            child.wait()
+        for number, child in enumerate(children, start=1):
+            if child.wait() not in (0, REFUSED):
+                print(
+                    f"trebuchet: process {number} of {count} ended with {child.returncode}; its rows are read here",
+                    file=sys.stderr,
+                )
     finally:
         for child in children:
             child.kill()
@@ -76,4 +83,4 @@ if __name__ == "__main__":
     try:
         _child(int(sys.argv[1]), json.load(sys.stdin))
     except TrebuchetError:  # the process that started this one comes to the same row, and says so
-        sys.exit(1)
+        sys.exit(REFUSED)
