@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,24 @@ import pytest
 import yaml
 from trebuchet.launcher import data_verbs
 
+from ..conftest import chat_rows, write_jsonl
+
 
 @pytest.mark.slow
 def test_parts_of_the_data_are_tasks_and_put_together_here(
     ray_cluster: Path, tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The entries are those that one process makes; a part that fails says why."""
+    files = {
+        f"data.{name}": str(write_jsonl(tmp_path / f"{name}.jsonl", chat_rows(n)))
+        for name, n in (("train", 31), ("eval", 9))
+    }
     config = tmp_path / "train.yaml"
-    config.write_text(yaml.safe_dump(tiny_config()), encoding="utf-8")
-    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "alone"))
-    alone = data_verbs.prepare(str(config))
-    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "cache"))
-    cache = tmp_path / "cache" / "data"
+    config.write_text(yaml.safe_dump(tiny_config(files)), encoding="utf-8")
+    with monkeypatch.context() as elsewhere:  # where the cluster's own facts are is the session's cache
+        elsewhere.setenv("TREBUCHET_CACHE", str(tmp_path / "alone"))
+        alone = data_verbs.prepare(str(config))
+    cache = Path(os.environ["TREBUCHET_CACHE"]) / "data"
     assert data_verbs.prepare_on(str(ray_cluster), str(config), 2) == []
     assert len(list(cache.glob("*-0"))) == 2  # a block of each source
     together = data_verbs.prepare(str(config))
