@@ -89,10 +89,9 @@ class Block:
                 raise row
             named = layouts.rename(row, self._owner.source.columns)
             example = self._owner.convert(named)
+            sides: Sequence[tuple[dict[str, Any], Anything]] = [(named, example)]
             if self._owner.kind == "kto" and isinstance(example, Pair):
                 sides = preferences.unpaired(named, example)
-            else:
-                sides = [(named, example)]
             return [
                 Sample(place=place * len(sides) + k, number=number, row=row, example=side, keys=side.keys())
                 for k, (row, side) in enumerate(sides)
