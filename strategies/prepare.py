@@ -76,6 +76,7 @@ def prepare(
             net.score.weight.data.copy_(made["score.weight"])
     net.config.use_cache = False  # with the cache on, packed samples attend to each other (transformers 5.23, measured)
     if chosen.method != "full":
+        torch.manual_seed(seed)  # again: loading draws a score head, where a skeleton (streaming.py) draws nothing
         net = _adapt(net, strategy, score)
     report = _patch(net, strategy, device)
     if chosen.checkpointing != "none":
