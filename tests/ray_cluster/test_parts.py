@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 from trebuchet.launcher import data_verbs
+from trebuchet.launcher.cluster import load_cluster
+from trebuchet.ray_cluster import parts
 
 from ..conftest import chat_rows, write_jsonl
 
@@ -34,7 +38,9 @@ def test_parts_of_the_data_are_tasks_and_put_together_here(
     together = data_verbs.prepare(str(config))
     assert together["fingerprint"] == alone["fingerprint"] and not list(cache.glob("*-0"))
 
-    missing = {"data.train": str(tmp_path / "gone.jsonl")}
-    config.write_text(yaml.safe_dump(tiny_config(missing)), encoding="utf-8")
-    [line] = data_verbs.prepare_on(str(ray_cluster), str(config), 1)
-    assert line.startswith("part 0 (job ") and "gone.jsonl: no such file" in line
+    half = functools.partial(operator.truediv, 1)
+    (tmp_path / "job").mkdir()
+    _, wait = parts.parts(half, 2, load_cluster(str(ray_cluster)), folder=tmp_path / "job", name="half")
+    failed, done = wait()
+    assert (failed["result"], failed["error"]) == (None, "ZeroDivisionError: division by zero")
+    assert (done["result"], done["error"]) == (1.0, None)
