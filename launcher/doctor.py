@@ -65,7 +65,11 @@ def doctor(folder: Path | None = None, *, probe_timeout_s: float = 120) -> Repor
 
 
 def of_allocation(found: dict[str, Any]) -> Report:
-    """What the ranks of an allocation found together (training/allocation.py), as a report."""
+    """What the ranks of an allocation found together (training/allocation.py), as a report. Without `ranks` they did not all come, and
+    there are faults alone."""
+    faults = [Check(name="fault", status="fail", line=line) for line in found["problems"]]
+    if "ranks" not in found:
+        return Report(checks=tuple(faults))
     nodes = {one["node"]: 0 for one in found["ranks"]}
     for one in found["ranks"]:
         nodes[one["node"]] += 1
@@ -83,8 +87,7 @@ def of_allocation(found: dict[str, Any]) -> Report:
     checks.append(Check(name="folder", status="ok", line=f"seen and written by every rank, {free:,.1f} GiB free"))
     if found["problems"]:
         checks = [check for check in checks if check.name == "ranks"]
-    checks += [Check(name="fault", status="fail", line=line) for line in found["problems"]]
-    return Report(checks=tuple(checks))
+    return Report(checks=(*checks, *faults))
 
 
 def render(report: Report) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +46,11 @@ def gpu_named(word: str) -> str | None:
     return min(around, key=lambda name: (types[name]["gpu_memory_gib"], name), default=None)
 
 
+def may_be(word: str, name: str) -> bool:
+    """Whether a scheduler's word can stand for our type `name`: `a100` for both A100-40GB and A100-80GB."""
+    return gpu_named(word) == name or (bool(_words(word)) and set(_words(word)) <= set(_words(name)))
+
+
 def _words(name: str) -> list[str]:
     """`nvidia_a100_80gb_pcie` and `A100-80G-PCIe` are both a100, 80gb, pcie."""
     words = [word for word in re.split(r"[^a-z0-9]+", name.lower()) if word not in ("", "nvidia", "geforce", "tesla")]
@@ -56,30 +60,42 @@ def _words(name: str) -> list[str]:
 def cluster_of(
     nodes: Sequence[Node], *, name: str, scheduler: str, gpu: str | None, settings: Mapping[str, Any]
 ) -> Cluster:
-    """Nodes of one kind as one group each, those with most GPUs first. Raises ClusterError when there is none, when a type is unknown,
-    and when no node has GPUs of the type that was asked for."""
+    """Nodes with as many GPUs of one type as one group each, those with most GPUs first; nodes of a group that differ in cores or
+    memory count as their least. Where GPUs of one type are taken out of several, Slurm is told its own word for them. Raises
+    ClusterError when there is no node, when a type is unknown, and when no node has GPUs of the type that was asked for."""
+    told: dict[str, Any] = dict(settings)
     if gpu is not None:
         wanted = gpu_named(gpu)
         if wanted is None:
             raise ClusterError(f"{name}: '{gpu}' is not a known GPU type{did_you_mean(gpu, gpu_types())}")
-        nodes = [n for n in nodes if n.gpus and (n.gpu is None or gpu_named(n.gpu) == wanted)]
+        kept = [n for n in nodes if n.gpus and (n.gpu is None or gpu_named(n.gpu) == wanted)]
+        words = {n.gpu for n in kept}
+        if scheduler == "slurm" and len(words) == 1 and {n.gpu for n in nodes if n.gpus} != words and None not in words:
+            told["gpu_type"] = words.pop()
+        nodes = kept
     if not nodes:
         what = f"with {gpu} GPUs " if gpu else ""
         raise ClusterError(f"{name} has no node {what}that can take a job now; `sinfo` and `ray status` show why.")
-    groups = []
-    for node, count in sorted(Counter(nodes).items(), key=lambda item: (-item[0].gpus * item[1], repr(item[0]))):
-        groups.append(_group(node, count, name, gpu, scheduler))
-    tree = {"scheduler": scheduler, "groups": groups, scheduler: dict(settings)}
+    alike: dict[tuple[str | None, int], list[Node]] = {}
+    for node in nodes:
+        alike.setdefault((gpu_named(node.gpu) or node.gpu if node.gpu else None, node.gpus), []).append(node)
+    kinds = sorted(alike.values(), key=lambda kind: (-kind[0].gpus * len(kind), repr(kind[0])))
+    groups = [_group(kind, name, gpu, scheduler) for kind in kinds]
+    tree = {"scheduler": scheduler, "groups": groups, scheduler: told}
     return build_cluster(tree, source=name, default_name=name)
 
 
-def _group(node: Node, count: int, name: str, gpu: str | None, scheduler: str) -> dict[str, Any]:
-    measured = f"measured, as {scheduler} reports it"
+def _group(kind: Sequence[Node], name: str, gpu: str | None, scheduler: str) -> dict[str, Any]:
+    """Of nodes with as many GPUs of one type: ranks in step have no more than the smallest node gives them."""
+    node, least = kind[0], min(kind, key=lambda one: one.host_memory_gib - one.host_reserved_gib)
+    measured = f"measured, as {scheduler} reports it" + (
+        ", the least of nodes that differ" if len(set(kind)) > 1 else ""
+    )
     group: dict[str, Any] = {
-        "nodes": count,
-        "cores": node.cores,
-        "host_memory_gib": round(node.host_memory_gib, 2),
-        "host_reserved_gib": round(node.host_reserved_gib, 2),
+        "nodes": len(kind),
+        "cores": min(one.cores for one in kind),
+        "host_memory_gib": round(least.host_memory_gib, 2),
+        "host_reserved_gib": round(least.host_reserved_gib, 2),
         "sources": {key: measured for key in ("cores", "host_memory_gib", "host_reserved_gib")},
     }
     if node.gpus:

@@ -18,6 +18,7 @@ from typing import Any
 from .errors import UserError, did_you_mean
 from .report import collect
 from .run_folder import RunFolder
+from .sweep import SweepFolder
 
 KEYS = ("run", "state", "step", "created", "model", "loss", "verdict", "method", "data", "gpu_hours", "cost", "seed")
 COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -27,17 +28,21 @@ CONDITION = re.compile(r"^\s*(\w+)\s*(<=|>=|!=|<|>|=|~)\s*(.*?)\s*$")
 
 
 def more_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry of `run_text.runs_of` with what filters and sorting may name."""
-    run = collect.read(RunFolder(Path(entry["folder"])))
+    """An entry of `run_text.runs_of` with what filters and sorting may name. A sweep has what all its trials took together, and the
+    rest from its first one."""
+    root = Path(entry["folder"])
+    trials = SweepFolder(root).trials() if entry["trials"] else [RunFolder(root)]
+    runs = [collect.read(trial) for trial in trials]
+    run, costs = runs[0], [one.cost for one in runs if one.cost is not None]
     return {
         **entry,
         "loss": entry["loss_after"],
-        "verdict": (run.record.get("evaluation") or {}).get("verdict"),
+        "verdict": None if entry["trials"] else (run.record.get("evaluation") or {}).get("verdict"),
         "method": run.chosen.get("method"),
         "data": (run.record.get("data") or {}).get("fingerprint"),
         "seed": run.record.get("seed"),
-        "gpu_hours": round(run.gpu_hours, 4),
-        "cost": None if run.cost is None else round(run.cost, 4),
+        "gpu_hours": round(sum(one.gpu_hours for one in runs), 4),
+        "cost": round(sum(costs), 4) if len(costs) == len(runs) else None,
     }
 
 

@@ -18,13 +18,19 @@ FIGURES = {"perplexity": "{:.2f}", "accuracy": "{:.1%}", "margin": "{:.3f}"}
 
 
 def runs_of(folder: str) -> list[dict[str, Any]]:
-    """One entry per run folder below `folder`, oldest first; runs whose process is gone are closed on the way."""
+    """One entry per run folder and per sweep below `folder`, oldest first; runs whose process is gone are closed on the way. An entry
+    with `trials` is a sweep, and its steps are trials."""
+    from . import sweep_text
+    from .sweep import SweepFolder
+
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise RunError(f"{folder} is not a folder. Runs are listed from runs/ unless you name another one.")
-    found = []
+    found: list[dict[str, Any]] = []
     runs = [RunFolder(path.parent.absolute()) for path in root.glob("*/run.json")]
-    backends.reconcile(runs)
+    sweeps = [SweepFolder(path.parent.absolute()) for path in root.glob("*/sweep.json")]
+    backends.reconcile([*runs, *(trial for sweep in sweeps for trial in sweep.trials())])
+    found += [sweep_text.entry(sweep) for sweep in sweeps]
     for run in runs:
         facts = record.read(run)
         figures = facts.get("evaluation") or {}
@@ -39,6 +45,7 @@ def runs_of(folder: str) -> list[dict[str, Any]]:
                 "loss_before": (figures.get("before") or {}).get("loss"),
                 "loss_after": (figures.get("after") or {}).get("loss"),
                 "folder": str(run.root),
+                "trials": None,
             }
         )
     return sorted(found, key=lambda entry: entry["created"])
@@ -50,6 +57,7 @@ def listing(found: list[dict[str, Any]], folder: str) -> str:
     rows = [("RUN", "STATE", "STEP", "HELD-OUT LOSS", "MODEL", "CREATED")]
     for entry in found:
         steps = f"{entry['step']}/{entry['steps']}" if entry["steps"] else "-"
+        steps += " trials" if entry["trials"] else ""
         before, after = entry["loss_before"], entry["loss_after"]
         loss = "-" if after is None else f"{after:.3f}" if before is None else f"{before:.3f} -> {after:.3f}"
         rows.append((entry["run"], entry["state"], steps, loss, Path(entry["model"]).name, entry["created"]))

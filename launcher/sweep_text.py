@@ -24,8 +24,13 @@ FINAL = {"eval_loss": "loss", "eval_perplexity": "perplexity"}  # measured once 
 def table(folder: SweepFolder) -> dict[str, Any]:
     """The sweep with a row for each trial, after one question to the scheduler. Trials with a value come first, the best at the top;
     the others follow in their order."""
+    backends.reconcile(folder.trials())
+    return table_of_records(folder)
+
+
+def table_of_records(folder: SweepFolder) -> dict[str, Any]:
+    """The same by what is written, without asking anybody."""
     facts, trials = folder.facts(), folder.trials()
-    backends.reconcile(trials)
     rows = [_row(facts, number, trial) for number, trial in enumerate(trials)]
     sign = 1 if facts["mode"] == "min" else -1
     rows.sort(key=lambda row: (row["value"] is None, sign * (row["value"] or 0.0), row["trial"]))
@@ -47,6 +52,25 @@ def table(folder: SweepFolder) -> dict[str, Any]:
         "spent": sweep_budget.facts(folder.root),
         "trials": rows,
         "folder": str(folder.root),
+    }
+
+
+def entry(folder: SweepFolder) -> dict[str, Any]:
+    """A sweep as one line of `trebuchet list`, by what is written: its trials stand where a run has its steps, and the best held-out
+    loss where a run has the one after training."""
+    found, facts = table_of_records(folder), folder.facts()
+    best = next((row for row in found["trials"] if row["trial"] == found["best"]), None)
+    return {
+        "run": found["sweep"],
+        "state": found["state"],
+        "step": sum(row["state"] == JobState.SUCCEEDED or row["stopped_early"] for row in found["trials"]),
+        "steps": len(found["trials"]),
+        "created": facts["created"],
+        "model": record.read(folder.trial(0))["model"]["name"],
+        "loss_before": None,
+        "loss_after": best["value"] if best and found["metric"] == "eval_loss" else None,
+        "folder": str(folder.root),
+        "trials": len(found["trials"]),
     }
 
 

@@ -82,6 +82,8 @@ def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
     chosen = plan.chosen
     assert chosen is not None
     rt.tune_cpu()
+    if "TREBUCHET_NODES" in os.environ:
+        check_all_came()
     accelerator = Accelerator(
         cpu=chosen.device == "cpu",
         log_with=list(plan.config.tracking) or None,
@@ -145,6 +147,20 @@ def check_hardware(world: int, device: str, chosen: Chosen) -> None:
                 f"the plan counts on {chosen.memory.usable_gib:.1f} GiB of GPU memory and this GPU has {has_gib:.1f}; "
                 "plan again for this hardware."
             )
+
+
+def check_all_came() -> None:
+    """Before the process group, which would wait for a missing rank without a word. Raises JobFailed with the node."""
+    from ..training import roll_call
+
+    absent, _ = roll_call.call()
+    if absent:
+        node = absent[0].partition(":")[0] if len(absent) == 1 else None
+        nodes = os.environ["TREBUCHET_NODES"].split(",")
+        raise JobFailed(
+            f"this allocation is not fit to train: {'; '.join(absent)}",
+            node if node in nodes and len(nodes) > 1 else None,
+        )
 
 
 def check_allocation(runtime: Runtime, plan: Plan) -> None:

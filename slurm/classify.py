@@ -41,6 +41,8 @@ NODE = re.compile(
 )
 # srun's own account, in the order in which tasks ended: `srun: error: n2: task 1: Killed`.
 ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<task>\d+)[^:]*: (?P<how>.+)")
+# The daemon of a node did not answer: `srun: error: Task launch for StepId=1.0 failed on node n2: Socket timed out on send/recv operation`.
+LAUNCH = re.compile(r"srun: error: Task launch for \S+ failed on node (?P<node>[^\s:]+): (?P<how>.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +154,11 @@ def _failure(
     history: Sequence[dict[str, Any]],
     restarts: int,
 ) -> Verdict:
-    first = ENDED.search(said)
-    node = first["node"] if first else None
+    first, launch = ENDED.search(said), LAUNCH.search(said)
+    node = launch["node"] if launch else first["node"] if first else None
     who = f"rank {first['task']} on {node}: {first['how']}" if first else f"srun ended with {status}"
+    if launch:  # the ranks that end then only echo it
+        who = f"{node} started no rank: {launch['how']}"
     echo = f"{error or ''}\n{said}"
     killed = (
         first is not None
@@ -168,7 +172,7 @@ def _failure(
         return Verdict(
             kind="hang", state=JobState.FAILED, action="requeue" if again else "exit", reason=reason, exit_code=1
         )
-    if killed or down or named or (code != 2 and NODE.search(error or echo)):
+    if killed or launch or down or named or (code != 2 and NODE.search(error or echo)):
         reason = f"{'node ' + down[0] + ' is ' + facts.node_states[down[0]] if down else who}. {error or ''}".strip()
         if sum(a.get("kind") == "node" for a in history) >= restarts:
             return Verdict(

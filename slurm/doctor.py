@@ -16,10 +16,10 @@ from typing import Any
 from ..launcher.errors import JobFailed
 from ..launcher.job import JobSpec
 from ..launcher.run_folder import SCHEDULER_LOG
-from . import sbatch, states
+from . import classify, sbatch, states
 from .site import build_site
 
-LONGEST_S = 30.0
+POLL_S, LONGEST_S = 0.2, 30.0
 
 
 def examine(name: str, settings: dict[str, Any], nodes: int, tasks: int, gpus: int) -> dict[str, Any]:
@@ -43,27 +43,41 @@ def examine(name: str, settings: dict[str, Any], nodes: int, tasks: int, gpus: i
     (folder / "job.sh").write_text(sbatch.render(spec, site, sys.executable, recorded=False), encoding="utf-8")
     job = states.call("sbatch", "--parsable", "job.sh", cwd=folder).strip().partition(";")[0]
     try:
-        wait(job)
+        found = wait(job, folder)
     except KeyboardInterrupt:
         states.call("scancel", job)
         raise
-    report = folder / "report.json"
-    if not report.exists():
-        log = folder / SCHEDULER_LOG
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
-        tail = "".join(f"\n  {line}" for line in said[-8:])
-        raise JobFailed(f"job {job} ended without a report. The end of {log}:{tail}")
-    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    shutil.rmtree(folder)
+    if found is None:
+        tail = "".join(f"\n  {line}" for line in said(folder).splitlines()[-8:])
+        raise JobFailed(f"job {job} ended without a report. The end of {folder / SCHEDULER_LOG}:{tail}")
+    if found["problems"]:  # a node that does not answer would hold the job until the controller gives it up
+        states.call("scancel", "--quiet", job)
+    shutil.rmtree(folder, ignore_errors=True)  # a rank that was late may still write there
     return found
 
 
-def wait(job: str) -> None:
-    """Until the job has ended; asks ever more rarely."""
-    delay = 0.5
+def wait(job: str, folder: Path) -> dict[str, Any] | None:
+    """The report, as soon as it is there, or what srun says when it could not start the ranks of a node; None when the job ends
+    without either. Looks at the files often, and asks Slurm ever more rarely."""
+    ask_at, delay, ended = 0.0, 0.5, False
     while True:
-        state = states.states([job]).get(job)
-        if state is None or state.ended:
-            return
-        time.sleep(delay)
-        delay = min(delay * 1.5, LONGEST_S)
+        report = folder / "report.json"
+        if report.exists():
+            found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+            return found
+        failed = classify.LAUNCH.findall(said(folder))
+        if failed:
+            return {"problems": [f"{node}: Slurm could not start its ranks: {how}" for node, how in failed]}
+        if ended:
+            return None
+        if time.monotonic() >= ask_at:
+            state = states.states([job]).get(job)
+            ended = state is None or state.ended  # and the files are looked at once more
+            ask_at, delay = time.monotonic() + delay, min(delay * 1.5, LONGEST_S)
+        if not ended:
+            time.sleep(POLL_S)
+
+
+def said(folder: Path) -> str:
+    log = folder / SCHEDULER_LOG
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

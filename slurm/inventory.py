@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Sequence
 from typing import Any
 
 from ..launcher.errors import ClusterError, did_you_mean
-from ..launcher.inventory import Node
+from ..launcher.inventory import Node, may_be
 
 PAIR = re.compile(r"(?:^|\s)([A-Za-z][\w:/]*)=")
 # States in which a node takes no job until somebody acts (slurm.conf(5), scontrol(1)); flags follow a plus sign.
@@ -31,6 +32,19 @@ def partition(name: str) -> tuple[list[Node], dict[str, Any]]:
     settings = {"partition": name} | ({} if limit == "UNLIMITED" else {"time": limit})
     rows = records(_scontrol("show", "node", "--oneliner"))
     return [node_of(row) for row in rows if name in row.get("Partitions", "").split(",") and takes_jobs(row)], settings
+
+
+def refuse_other_gpus(partitions: Sequence[str], gpu: str, source: str) -> None:
+    """Slurm gives whatever GPUs a partition has unless it is told a type or a constraint, and a plan is for one type. Raises
+    ClusterError when nodes of the partitions have, by their Gres, others than `gpu`."""
+    for row in records(_scontrol("show", "node", "--oneliner")):
+        there = [name for name in partitions if name in row.get("Partitions", "").split(",")]
+        other = [kind for kind in gres(row.get("Gres", "")) if kind and not may_be(kind, gpu)]
+        if there and other:
+            raise ClusterError(
+                f"{source}: partition {there[0]} has {other[0]} GPUs too ({row.get('NodeName')}), and the plan is for {gpu}; say which "
+                "are meant, by the site's own word under slurm: gpu_type, or by a constraint."
+            )
 
 
 def records(text: str) -> list[dict[str, str]]:

@@ -38,9 +38,11 @@ SLURM_JOB_END_TIME=$(date --date="${end#*=}" +%s 2>/dev/null)
 export SLURM_JOB_END_TIME
 
 # The ranks meet on the first node, by the address Slurm knows it by, at a port that follows from the job id.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_ADDR=$(scontrol show node "$first" --oneliner | grep -o ' NodeAddr=[^ ]*')
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=$(scontrol show node "$(head -n 1 <<<"$nodes")" --oneliner | grep -o ' NodeAddr=[^ ]*')
 export MASTER_ADDR=${MASTER_ADDR#*=} MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+TREBUCHET_NODES=$(paste -sd, <<<"$nodes")  # so that one from which no rank comes can be named
+export TREBUCHET_NODES
 """
 
 DECIDE = """\

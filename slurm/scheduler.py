@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from ..launcher.errors import ClusterError, SchedulerRefused
 from ..launcher.job import JobHandle, JobSpec, JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
-from . import doctor, sbatch, states
+from . import doctor, inventory, sbatch, states
 from .site import Site, build_site
 
 SAVE_BYTES_PER_S = 200e6  # assumed until a save was measured: a slow shared file system
@@ -37,8 +38,10 @@ SETTLE_S = 45.0
 
 
 def check(plan: Plan) -> None:
-    """The site's settings are right, and the model is fetched into the cache that the nodes will read."""
+    """The site's settings are right, the partition has the GPUs that the plan is for, and the model is fetched into the cache that the
+    nodes will read."""
     site = site_of(plan)
+    refuse_other_gpus(plan, site)
     folder = plan.model.source == "folder"
     if site.cache and not folder and os.environ.get("HF_HOME") != f"{site.cache}/huggingface":
         raise ClusterError(
@@ -67,6 +70,15 @@ def submit(folder: RunFolder, plan: Plan) -> JobHandle:
     handle = f"slurm://{plan.cluster.name}/{answer.strip().partition(';')[0]}"
     record.update(folder, submitted=handle)
     return JobHandle(run=folder.root.name, handle=handle, folder=folder.root)
+
+
+def refuse_other_gpus(plan: Plan, site: Site) -> None:
+    """See inventory.refuse_other_gpus. Where there is no Slurm to ask, only a dry run comes further."""
+    gpu = plan.cluster.groups[0].gpu
+    assert plan.chosen is not None
+    named = site.gpu_type or site.constraint or site.nodelist
+    if plan.chosen.device == "cuda" and gpu and site.partition and not named and shutil.which("scontrol"):
+        inventory.refuse_other_gpus(site.partition, gpu, plan.cluster.name)
 
 
 def reconcile(folders: Sequence[RunFolder]) -> None:

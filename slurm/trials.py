@@ -56,7 +56,8 @@ def run_trials(sweep: SweepFolder, numbers: Sequence[int]) -> str:
     sweep.stop.unlink(missing_ok=True)
     for trial in trials.values():
         trial.stop.unlink(missing_ok=True)
-        record.update(trial, state=JobState.PENDING.value, exit_code=None, error=None)
+        if record.read(trial)["attempts"] or record.read(trial)["state"] != JobState.PENDING:  # else it says so already
+            record.update(trial, state=JobState.PENDING.value, exit_code=None, error=None)
     answer = states.call("sbatch", "--parsable", sweep.script.name, cwd=sweep.root)
     handle = f"slurm://{facts['cluster']}/{answer.strip().partition(';')[0]}"
     for number, trial in trials.items():

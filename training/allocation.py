@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from ..launcher.record import versions, write_atomically
+from . import roll_call
 
 UNSEEN = "what another rank wrote there is not seen"
 SKEW_S = 5.0  # clocks that differ by more make time limits, file times and logs disagree
@@ -225,12 +226,17 @@ def main(folder: str) -> int:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if gpu else "gloo")
-    report = examine(Path(folder), device)
-    if dist.get_rank() == 0:
+    absent, came = roll_call.call()
+    if absent:
+        report = {"problems": absent, "came": came}
+    else:
+        dist.init_process_group("nccl" if gpu else "gloo")
+        report = examine(Path(folder), device)
+    if absent or dist.get_rank() == 0:
         write_atomically(Path(folder) / "report.json", json.dumps(report, indent=1))
-    dist.barrier()
-    dist.destroy_process_group()
+    if not absent:
+        dist.barrier()
+        dist.destroy_process_group()
     return 1 if report["problems"] else 0
 
 

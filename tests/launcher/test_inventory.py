@@ -90,3 +90,17 @@ def test_a_real_local_ray(tmp_path_factory: pytest.TempPathFactory) -> None:
     command = [sys.executable, "-c", PROGRAM, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert "FOUND 1 2 T4 3 True" in done.stdout, done.stderr[-2000:]
+
+
+def test_nodes_of_one_kind_that_differ_count_as_their_least() -> None:
+    """Ranks in step have what the smallest node gives them; other GPUs, or another number, are another kind."""
+    large = Node(gpu="a100", gpus=4, cores=64, host_memory_gib=512.0, host_reserved_gib=16.0)
+    small = Node(gpu="A100", gpus=4, cores=48, host_memory_gib=256.0, host_reserved_gib=8.0)
+    other = Node(gpu="l4", gpus=4, cores=64, host_memory_gib=512.0)
+    group, _ = cluster_of([large, small, large, other], name="x", scheduler="slurm", gpu=None, settings={}).groups
+    assert (group.nodes, group.gpu, group.cores, group.usable_host_gib) == (3, "A100-40GB", 48, 248.0)
+    assert group.sources["cores"].endswith("the least of nodes that differ")
+    only = cluster_of([large, large, other], name="x", scheduler="slurm", gpu="A100-40GB", settings={"partition": "p"})
+    assert len(only.groups) == 1 and only.slurm == {"partition": "p", "gpu_type": "a100"}
+    same = cluster_of([large, large], name="x", scheduler="slurm", gpu="A100-40GB", settings={"partition": "p"})
+    assert same.slurm == {"partition": "p"}  # nothing to choose from, nothing to say

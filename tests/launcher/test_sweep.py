@@ -22,6 +22,13 @@ def write(path: Path, config: dict[str, Any], space: dict[str, Any], **sweep: An
     return str(path)
 
 
+def list_of(folder: Path, capfd: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """The one line of `trebuchet list`."""
+    assert cli.main(["list", "--json", str(folder)]) == 0
+    (entry,) = json.loads(capfd.readouterr().out)
+    return dict(entry)
+
+
 @pytest.mark.slow
 def test_trials_run_one_after_the_other_and_resume_keeps_the_finished(
     tiny_config: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -44,6 +51,9 @@ def test_trials_run_one_after_the_other_and_resume_keeps_the_finished(
     assert states == {"000": "SUCCEEDED", "001": "FAILED"} and found["best"] == "000"
     assert record.read(folder.trial(0))["evaluation"]["after"]["loss"] == found["trials"][0]["value"]
     assert record.read(folder.trial(0))["seed"] == 3
+    listed = list_of(tmp_path, capfd)
+    assert (listed["state"], listed["step"], listed["steps"]) == ("FAILED", 1, 2)
+    assert listed["loss_after"] == found["trials"][0]["value"] and listed["seed"] == 3
 
     rows.write_bytes(kept)
     model = (folder.trial(0).model / "model.safetensors").stat()
@@ -51,6 +61,7 @@ def test_trials_run_one_after_the_other_and_resume_keeps_the_finished(
     assert "1 SUCCEEDED" in capfd.readouterr().out
     assert (folder.trial(0).model / "model.safetensors").stat() == model
     assert len(record.read(folder.trial(1))["attempts"]) == 2
+    assert (list_of(tmp_path, capfd)["state"], list_of(tmp_path, capfd)["step"]) == ("SUCCEEDED", 2)
     assert cli.main(["resume", str(folder.root)]) == 2 and "nothing to resume" in capfd.readouterr().err
 
 
@@ -103,5 +114,10 @@ def test_other_verbs_say_what_a_sweep_is(
     file = write(tmp_path / "s.yaml", tiny_config(output=str(tmp_path / "sweep")), space, method="grid")
     assert cli.main(["run", file]) == 2 and "trebuchet sweep" in capsys.readouterr().err
     begin(plan_sweep(file))
+    assert cli.main(["list", str(tmp_path)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()[1:]
+    assert line.split()[:4] == ["sweep", "PENDING", "0/2", "trials"]
+    assert cli.main(["list", "--cost", str(tmp_path), "--where", "state=PENDING"]) == 0
+    assert "sweep" in capsys.readouterr().out
     assert cli.main(["logs", str(tmp_path / "sweep")]) == 2 and "name one of its trials" in capsys.readouterr().err
     assert cli.main(["sweep", file]) == 2 and "not an empty folder" in capsys.readouterr().err

@@ -63,10 +63,10 @@ MaxArraySize=2001
 MaxJobCount=20000
 GresTypes=gpu
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=60
-PartitionName=abrupt Nodes=ALL PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
-PartitionName=high Nodes=ALL PriorityTier=10 MaxTime=60 State=UP PreemptMode=OFF
-"""
+PartitionName=low Nodes={names} Default=YES PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=60
+PartitionName=abrupt Nodes={names} PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
+PartitionName=high Nodes={names} PriorityTier=10 MaxTime=60 State=UP PreemptMode=OFF
+{typed}"""
 
 
 @dataclass
@@ -75,6 +75,7 @@ class SlurmCluster:
     nodes: int = 4
     cpus: int = 8
     gpus: int = 2
+    typed: tuple[str, ...] = ()  # GPU types of further nodes, one each, in a partition `mixed` of their own
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
@@ -86,8 +87,8 @@ class SlurmCluster:
         self._munge()
         self._before_controller()
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
-        for i in range(1, self.nodes + 1):
-            self.start_node(f"n{i}")
+        for name in self.names():
+            self.start_node(name)
         wait_for(
             lambda: self.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == str(self.nodes),
             60,
@@ -143,25 +144,31 @@ class SlurmCluster:
         )
         return self.state(job)
 
+    def names(self) -> list[str]:
+        return [f"n{i}" for i in range(1, self.nodes + len(self.typed) + 1)]
+
     def _configure(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "state").mkdir()
-        for i in range(self.nodes * self.gpus):
-            (self.root / f"gpu{i}").touch()
-        ports = free_ports(self.nodes + 1)
-        names = [f"n{i}" for i in range(1, self.nodes + 1)]
-        nodes = "\n".join(
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} "
-            f"CPUs={self.cpus} RealMemory=64000 Gres=gpu:{self.gpus} State=UNKNOWN"
-            for name, port in zip(names, ports[1:], strict=True)
-        )
-        (self.root / "slurm.conf").write_text(
-            CONF.format(root=self.root, controller_port=ports[0], nodes=nodes), encoding="utf-8"
-        )
-        gres = (
-            f"NodeName={n} Name=gpu File={self.root}/gpu[{i * self.gpus}-{(i + 1) * self.gpus - 1}]"
-            for i, n in enumerate(names)
-        )
+        names, kinds = self.names(), ["", *self.typed]
+        ports = free_ports(len(names) + 1)
+        nodes, gres = [], []
+        for i, (name, port) in enumerate(zip(names, ports[1:], strict=True)):
+            kind = kinds[max(0, i + 1 - self.nodes)]
+            first, last = i * self.gpus, (i + 1) * self.gpus - 1
+            for number in range(first, last + 1):
+                (self.root / f"gpu{number}").touch()
+            nodes.append(
+                f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus} "
+                f"RealMemory=64000 Gres=gpu:{f'{kind}:' if kind else ''}{self.gpus} State=UNKNOWN"
+            )
+            gres.append(
+                f"NodeName={name} Name=gpu {f'Type={kind} ' if kind else ''}File={self.root}/gpu[{first}-{last}]"
+            )
+        typed = f"PartitionName=mixed Nodes={','.join(names[self.nodes :])} State=UP" if self.typed else ""
+        settings = {"root": self.root, "controller_port": ports[0], "typed": typed, "nodes": "\n".join(nodes)}
+        text = CONF.format(names=",".join(names[: self.nodes]), **settings)
+        (self.root / "slurm.conf").write_text(text, encoding="utf-8")
         (self.root / "gres.conf").write_text("\n".join(gres) + "\n", encoding="utf-8")
         (self.root / "cgroup.conf").write_text("CgroupAutomount=no\n", encoding="utf-8")
 

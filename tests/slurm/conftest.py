@@ -20,12 +20,13 @@ HERE = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ el
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """Four nodes with two stand-in GPUs each. Its programs find it by SLURM_CONF, here and in jobs."""
+    """Four nodes with two stand-in GPUs each, and in the partition `mixed` one with A100s and one with L4s. Programs find it by
+    SLURM_CONF, here and in jobs."""
     missing = install()
     if missing is not None:
         pytest.skip(missing)
     root = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path has 107 bytes
-    cluster = SlurmCluster(root=root)
+    cluster = SlurmCluster(root=root, typed=("a100", "l4"))
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(root / "slurm.conf")
     try:

@@ -29,6 +29,12 @@ EXCEEDED = (
     "0: slurmstepd-n1: error: StepId=1.0 exceeded memory limit (402169856 > 314572800), being killed\n"
     "slurmstepd-n1: error: Exceeded job memory limit\nsrun: error: n1: task 0: Killed\n"
 )
+# Slurm 22.05 with the slurmd of n2 stopped by SIGSTOP.
+NOT_LAUNCHED = (
+    "srun: error: slurm_receive_msgs: [[localhost]:35529] failed: Socket timed out on send/recv operation\n"
+    "srun: error: Task launch for StepId=1.0 failed on node n2: Socket timed out on send/recv operation\n"
+    "srun: error: Application launch failed: Socket timed out on send/recv operation\nsrun: Job step aborted\n"
+)
 FAILED = "1: Traceback\nsrun: error: n2: task 1: Exited with exit code 1\n"
 
 
@@ -78,6 +84,7 @@ def test_facts_are_read() -> None:
         (ask((1, "RuntimeError: Connection closed by peer [127.0.0.1]:34"), 137, KILLED), "node", "avoid"),
         (ask((1, "DistBackendError: NCCL error: unhandled system error"), 1, FAILED), "node", "avoid"),
         (ask(None, 137, KILLED, known=facts(n1="down*")), "node", "avoid"),
+        (ask(None, 140, NOT_LAUNCHED), "node", "avoid"),
         (ask(None, 137, KILLED, known=facts(n4="drain")), "node", "avoid"),  # n1 and n3 are enough
         (ask(None, 137, KILLED, known=facts(excluded="n3", n4="drain")), "node", "requeue"),  # no node to spare
         (ask((1, "RuntimeError: Timed out waiting 600000ms for recv"), 1, FAILED), "hang", "requeue"),
@@ -97,6 +104,13 @@ def test_the_first_rank_to_fail_is_named() -> None:
     echo = (1, "RuntimeError: Connection closed by peer")  # rank 0 says so because rank 1 was killed
     answer = ask(echo, 137, KILLED)
     assert answer.reason is not None and answer.reason.startswith("rank 1 on n2: Killed") and answer.node == "n2"
+
+
+def test_the_node_that_starts_no_rank_is_named() -> None:
+    """Also where ranks of other nodes, which srun ends then, are what it speaks of first."""
+    for said in (NOT_LAUNCHED, "srun: error: n1: task 0: Killed\n" + NOT_LAUNCHED):
+        answer = ask(None, 140, said)
+        assert answer.node == "n2" and str(answer.reason).startswith("n2 started no rank: Socket timed out")
 
 
 def test_failures_are_bounded_and_preemptions_are_not() -> None:

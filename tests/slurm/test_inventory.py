@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from trebuchet.launcher import api, cli, record
 from trebuchet.launcher.cluster import load_cluster
 from trebuchet.launcher.errors import ClusterError
 from trebuchet.launcher.inventory import Node, cluster_of, gpu_named
+from trebuchet.launcher.run_folder import open_run
 from trebuchet.slurm import inventory
 
 from .cluster import SlurmCluster
@@ -121,3 +127,30 @@ def test_a_real_partition(slurm: SlurmCluster) -> None:
         assert load_cluster("slurm:low:L4").groups[0].nodes == 3
     finally:
         slurm.ask("scontrol", "update", "NodeName=n4", "State=RESUME")
+
+
+def test_a_partition_with_several_kinds_of_gpus(
+    slurm: SlurmCluster, tiny_config: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan is for one kind: the partition alone is refused, with the kind named Slurm is asked for that kind and no other; a cluster
+    file that leaves it to Slurm is refused before anything is written."""
+    assert {(group.gpu, group.nodes) for group in load_cluster("slurm:mixed").groups} == {("A100-40GB", 1), ("L4", 1)}
+    with pytest.raises(ClusterError, match="several kinds of nodes"):
+        api.plan(tiny_config(output=str(tmp_path / "both")), cluster="slurm:mixed")
+    slurm.ask("scontrol", "update", "PartitionName=mixed", "State=DOWN")  # jobs wait
+    try:
+        handle = api.submit(tiny_config(output=str(tmp_path / "one")), cluster="slurm:mixed:L4").handle
+        job = slurm.ask("scontrol", "show", "job", handle.rpartition("/")[2])
+        assert "JobState=PENDING" in job and "TresPerNode=gres:gpu:l4:2" in job
+        assert cli.main(["cancel", str(tmp_path / "one")]) == 0
+    finally:
+        slurm.ask("scontrol", "update", "PartitionName=mixed", "State=UP")
+    assert record.read(open_run(str(tmp_path / "one")))["state"] == "CANCELLED"
+    group = {"nodes": 1, "gpus_per_node": 2, "gpu": "L4", "host_memory_gib": 62, "cores": 8}
+    file = tmp_path / "loose.yaml"
+    file.write_text(yaml.safe_dump({"scheduler": "slurm", "groups": [group], "slurm": {"partition": ["low", "mixed"]}}))
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(tiny_config(output=str(tmp_path / "loose"))))
+    capsys.readouterr()
+    assert cli.main(["submit", str(tmp_path / "t.yaml"), "--cluster", str(file)]) == 2
+    assert "partition mixed has a100 GPUs too (n5), and the plan is for L4" in capsys.readouterr().err
+    assert not (tmp_path / "loose").exists()

@@ -6,6 +6,7 @@ over a folder that the others share.
 
 from __future__ import annotations
 
+import signal
 import stat
 import subprocess
 import sys
@@ -15,9 +16,13 @@ from typing import Any
 
 import pytest
 from trebuchet.launcher import cli, record
+from trebuchet.launcher.doctor import of_allocation, render
+from trebuchet.slurm import doctor
 
-from .cluster import SlurmCluster
+from .cluster import SlurmCluster, wait_for
+from .conftest import HERE
 from .running import finish, run_job, said, submit
+from .test_classify import NOT_LAUNCHED
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
@@ -83,6 +88,39 @@ def test_the_doctor_names_each_faulty_node(
     assert any(line.startswith("n2: peft 0.0.1, and ") for line in faults)
     assert any(line.startswith("n3 (rank 2): its clock is +") for line in faults)
     assert any(line.startswith("n4: the run folder: this node does not see") for line in faults)
+
+
+def test_the_doctor_names_nodes_whose_ranks_never_come(
+    slurm: SlurmCluster,
+    cluster_file: Callable[..., str],
+    faulty_python: Callable[[dict[str, str]], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The daemon of n2 is stopped and answers nobody; on n3 the program hangs before its first line. Both are named, the others not."""
+    monkeypatch.chdir(tmp_path)
+    python = faulty_python({"n3": "exec sleep 600"})
+    cluster = cluster_file(nodes=4, python=python, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
+    slurm.processes["n2"].send_signal(signal.SIGSTOP)
+    try:
+        assert cli.main(["doctor", "--cluster", cluster]) == 1
+    finally:
+        slurm.processes["n2"].send_signal(signal.SIGCONT)
+    shown = capsys.readouterr().out
+    faults = [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
+    assert [fault.partition(":")[0] for fault in faults] == ["n2", "n3"], shown
+    assert all("did not come within 12 s" in fault for fault in faults) and "not fit to train" in shown
+    wait_for(lambda: slurm.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60, "idle nodes")
+
+
+def test_what_srun_says_of_a_node_that_does_not_answer(tmp_path: Path) -> None:
+    """Where the first node itself is the one, no rank can report: the words of srun are the report, before Slurm gives the node up."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "slurm.log").write_text(NOT_LAUNCHED, encoding="utf-8")
+    found = doctor.wait("1", tmp_path)
+    assert found == {"problems": ["n2: Slurm could not start its ranks: Socket timed out on send/recv operation"]}
+    assert of_allocation(found).exit_code == 1 and "FAIL  fault  n2: Slurm" in render(of_allocation(found))
 
 
 def test_a_node_that_cannot_read_the_model_is_left_out(
