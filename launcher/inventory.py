@@ -69,9 +69,9 @@ def cluster_of(
         if wanted is None:
             raise ClusterError(f"{name}: '{gpu}' is not a known GPU type{did_you_mean(gpu, gpu_types())}")
         kept = [n for n in nodes if n.gpus and (n.gpu is None or gpu_named(n.gpu) == wanted)]
-        words = {n.gpu for n in kept}
-        if scheduler == "slurm" and len(words) == 1 and {n.gpu for n in nodes if n.gpus} != words and None not in words:
-            told["gpu_type"] = words.pop()
+        said = {n.gpu for n in kept}
+        if scheduler == "slurm" and len(said) == 1 and {n.gpu for n in nodes if n.gpus} != said and None not in said:
+            told["gpu_type"] = said.pop()
         nodes = kept
     if not nodes:
         what = f"with {gpu} GPUs " if gpu else ""
@@ -99,14 +99,14 @@ def _group(kind: Sequence[Node], name: str, gpu: str | None, scheduler: str) -> 
         "sources": {key: measured for key in ("cores", "host_memory_gib", "host_reserved_gib")},
     }
     if node.gpus:
-        kind = gpu_named(gpu or node.gpu or "") if gpu or node.gpu else None
-        if kind is None:
-            said = f"calls them '{node.gpu}'" if node.gpu else "does not say of which type"
+        known = gpu_named(gpu or node.gpu or "") if gpu or node.gpu else None
+        if known is None:
+            calls = f"calls them '{node.gpu}'" if node.gpu else "does not say of which type"
             raise ClusterError(
-                f"{name} has nodes with {node.gpus} GPUs and {scheduler} {said}; name the type, as in {name}:A100-80GB. "
+                f"{name} has nodes with {node.gpus} GPUs and {scheduler} {calls}; name the type, as in {name}:A100-80GB. "
                 f"Known types: {', '.join(gpu_types())}."
             )
-        group |= {"gpu": kind, "gpus_per_node": node.gpus}
+        group |= {"gpu": known, "gpus_per_node": node.gpus}
     return group
 
 

@@ -58,7 +58,8 @@ def call(environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[i
 
 def _count(store: dist.TCPStore, world: int, limit_s: float) -> dict[int, str]:
     """The node of each rank that comes within the limit."""
-    until, came = time.monotonic() + limit_s, {}
+    came: dict[int, str] = {}
+    until = time.monotonic() + limit_s
     while len(came) < world and time.monotonic() < until:
         for rank in range(world):
             if rank not in came and store.check([f"came/{rank}"]):
