@@ -2,7 +2,8 @@
 
     python benchmarks/slurm.py [overhead] [trials] [preemptions=N] [--json FILE]
 
-overhead      sbatch to the first line of Python in the rank, and to the job's end: our script against one written by hand
+overhead      sbatch to the first line of Python in the rank, and to the job's end: our script against one written by hand;
+              and from handing in a run to its first training step
 trials        1,000 trials as our sweep, 1,000 calls by submitit's map_array, 1,000 sbatch calls: seconds, and RPCs at the controller
               (sdiag); planning and writing the sweep's folders is counted by itself
 preemptions   steps and seconds lost, and the time to the next attempt's first step; N with a warning and N without (default 20)
@@ -73,7 +74,21 @@ def overhead(cluster: Any, work: Path) -> dict[str, Any]:
     for i, key in enumerate(("to_first_line_s", "to_end_s")):
         gaps = [ours[i] - hand[i] for ours, hand in zip(times["ours"], times["by_hand"], strict=True)]
         found[f"difference_{key}"] = statistics.median(gaps)
+    found["submit_to_first_step_s"] = [first_step(cluster, work / f"run-{n}") for n in range(3)]
     return found
+
+
+def first_step(cluster: Any, output: Path) -> float:
+    """Seconds from handing in a run of a tiny model to its first training step in the record; nobody else wants the nodes."""
+    from trebuchet.slurm import scheduler
+
+    folder, plan = begin(output)
+    began = time.time()
+    job = scheduler.job_id(scheduler.submit(folder, plan).handle)
+    seconds = wait_for_step(folder, 1, 1) - began
+    cluster.ask("scancel", job)
+    cluster.wait_state(job, "CANCELLED", "COMPLETED", "FAILED")
+    return seconds
 
 
 def trials(cluster: Any, work: Path) -> dict[str, Any]:

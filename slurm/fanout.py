@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..launcher.cluster import Cluster
 from ..launcher.errors import ClusterError, SchedulerRefused, UserError
+from ..launcher.job_state import JobState
 from ..launcher.record import write_atomically
 from . import sbatch, states
 from .scheduler import INHERITED
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from submitit import Job
 
 CORES = 4  # of a task, at most: tokenizing uses several, and small tasks start sooner
-LONGEST_S = 10.0
+POLL_S, LONGEST_S = 0.5, 10.0  # files are looked at often, the controller is asked ever more rarely
 LARGEST = 1000  # Slurm's MaxArraySize is 1001 unless the site says otherwise, and indices start at 0
 
 
@@ -127,20 +128,27 @@ def gather(jobs: Sequence[Job[Any]]) -> list[dict[str, Any]]:
     Waiting is on the files that tasks leave, and on squeue for tasks that end without one: submitit itself asks sacct, which many
     small clusters do not have, and would wait for ever.
     """
-    delay = 0.2
-    while not all(job.paths.result_pickle.exists() for job in jobs):
-        if not _alive(jobs):
+    missing, ask_at, delay = list(jobs), 0.0, POLL_S
+    while True:
+        alive = True
+        if time.monotonic() >= ask_at:  # before the files: a task that ends between the two has left its own
+            alive = _alive(missing)
+            delay = min(delay * 1.5, LONGEST_S)
+            ask_at = time.monotonic() + delay
+        missing = [job for job in missing if not job.paths.result_pickle.exists()]
+        if not missing or not alive:
             break
-        time.sleep(delay)
-        delay = min(delay * 1.5, LONGEST_S)
+        time.sleep(POLL_S)
     return [_row(index, job) for index, job in enumerate(jobs)]
 
 
 def _alive(jobs: Sequence[Job[Any]]) -> bool:
-    """Whether Slurm still holds any task of the arrays, with one question."""
+    """Whether Slurm still holds any task of the arrays, with one question. A task that is preempted or loses its node is called so
+    before Slurm puts it back into the queue: until Slurm has forgotten it, it may come again."""
     text = states.call("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%T")
     known = dict(line.partition("|")[::2] for line in text.splitlines())
-    return any(not states.to_state(known[job.job_id]).ended for job in jobs if job.job_id in known)
+    found = [states.to_state(known[job.job_id]) for job in jobs if job.job_id in known]
+    return any(not state.ended or state in (JobState.PREEMPTED, JobState.NODE_FAIL) for state in found)
 
 
 def _row(index: int, job: Job[Any]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ MpiDefault=none
 ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 SchedulerTimeSlice=5
-KillWait=10
+KillWait=5
 SlurmdTimeout=10
 InactiveLimit=0
 MinJobAge=300
