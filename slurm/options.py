@@ -44,6 +44,7 @@ DECIDED = {
     "export-file": "the script; put variables under slurm.environment",
     "gpus": "the plan",
     "gpus-per-node": "the plan",
+    "het-group": "the plan; one run takes nodes of one kind, so there are no heterogeneous jobs",
     "gpus-per-task": "the plan; every task sees the GPUs of its node and takes the one of its local rank",
     "job-name": "the run folder",
     "kill-on-bad-exit": "the script",

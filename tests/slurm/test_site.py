@@ -21,6 +21,7 @@ from trebuchet.slurm.site import Site, build_site
         ({"extra": ["--partiton=gpu"]}, ["sbatch has no option --partiton", "did you mean 'partition'"]),
         ({"extra": ["--nodes=4"]}, ["--nodes is decided by the plan"]),
         ({"extra": ["--gpus-per-task=1"]}, ["--gpus-per-task is decided by the plan", "takes the one of its local rank"]),
+        ({"srun": ["--het-group=0"]}, ["--het-group is decided by the plan", "nodes of one kind"]),
         ({"extra": ["-N4"]}, ["is not a long option"]),
         ({"srun": ["--exat"]}, ["srun has no option --exat", "did you mean 'exact'"]),
         ({"time": 86400}, ['"24:00:00"']),
