@@ -145,9 +145,10 @@ def leanest(rejected: list[Rejected]) -> list[Rejected]:
 def hardware_of(config: TrainConfig, cluster: Cluster) -> Hardware:
     if len(cluster.groups) > 1:
         kinds = ", ".join(f"{g.nodes} x {g.gpus_per_node} {g.gpu or 'CPU'}" for g in cluster.groups)
-        raise ClusterError(
-            f"{cluster.name} has several kinds of nodes ({kinds}); a run uses one: write a cluster file with that group."
-        )
+        with_gpus = next((g.gpu for g in cluster.groups if g.gpu), None)
+        asked = cluster.name.startswith(("slurm:", "ray:")) and with_gpus
+        how = f"name it, as in {cluster.name}:{with_gpus}" if asked else "write a cluster file with that group"
+        raise ClusterError(f"{cluster.name} has several kinds of nodes ({kinds}); a run uses one: {how}.")
     group = cluster.groups[0]
     processes = config.cluster.processes
     if group.gpu is None:
