@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,16 @@ def slurm() -> Iterator[SlurmCluster]:
         if before is not None:
             os.environ["SLURM_CONF"] = before
         shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_config: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Without trackers, which take a second of each rank's start; the run past its time limit has the usual one."""
+
+    def build(changes: Mapping[str, Any] | None = None, **top: Any) -> dict[str, Any]:
+        return tiny_config({"tracking": [], **(changes or {})}, **top)
+
+    return build
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
 TWO_RANKS = {
     "optimization.max_steps": 240, "checkpointing.every": 15, "evaluation.every": 240, "evaluation.generations": 0,
-    "data.packing": False, "data.max_length": 64, "tracking": [],
+    "data.packing": False, "data.max_length": 64,
 }  # fmt: skip
-ENDLESS = {"optimization.max_steps": 10**6, "evaluation.every": 10**5, "data.eval": 0, "tracking": []}
+ENDLESS = {"optimization.max_steps": 10**6, "evaluation.every": 10**5, "data.eval": 0}
 
 
 def test_two_nodes_through_preemption_a_killed_rank_and_a_lost_node(
@@ -77,7 +77,7 @@ def test_time_limit_cancel_and_resume(
     slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
     """A run without end: goes on after its time limit under the same id, stops when it is told to, is resumed as a new job."""
-    changes = {**ENDLESS, "checkpointing.every": 10**5}
+    changes = {**ENDLESS, "checkpointing.every": 10**5, "tracking": ["tensorboard"]}
     run = submit(tiny_config(changes, output=str(tmp_path / "run")), cluster_file(warning_s=110))
     wait_for_step(run, 2, attempt=1)
     job = record.read(run)["submitted"].rpartition("/")[2]
@@ -129,7 +129,7 @@ def test_hostile_folder_from_a_login_node_without_torch(
 ) -> None:
     """Submitted by the command line where torch, transformers and datasets cannot be imported; the script is the dry run's."""
     folder = tmp_path / "a b'c\"$(touch pwned)`touch pwned`\n日本 %j \\ #"
-    changes = {"optimization.max_steps": 2, "evaluation.generations": 0, "tracking": []}
+    changes = {"optimization.max_steps": 2, "evaluation.generations": 0}
     config = tiny_config(changes, output=str(folder))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     bare = (
