@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,11 +30,14 @@ def slurm() -> Iterator[SlurmCluster]:
     cluster = SlurmCluster(root=root, typed=("a100", "l4"))
     before = os.environ.get("SLURM_CONF")
     os.environ["SLURM_CONF"] = str(root / "slurm.conf")
+    # Tests that are told to end (a time limit of CI) end as by Ctrl+C: jobs outlive the daemons, and would train on.
+    ended = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+        signal.signal(signal.SIGTERM, ended)
         os.environ.pop("SLURM_CONF")
         if before is not None:
             os.environ["SLURM_CONF"] = before
