@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import record, stopping, together
+from . import record, started, stopping, together
 from .errors import JobFailed, TrebuchetError, UserError
 from .plan import Chosen, Plan
 from .run_folder import RunFolder
@@ -44,6 +44,8 @@ def main(run: str, until: int | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     stopping.listen()
     folder.logs.mkdir(exist_ok=True)
+    if "TREBUCHET_NODES" in os.environ:
+        started.mark(folder.logs)
     sys.stderr = tee = _Tee(sys.stderr, folder.log(rank), silent=rank != 0)
     drop_harmless_lines()
     node = None
@@ -83,7 +85,7 @@ def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
     assert chosen is not None
     rt.tune_cpu()
     if "TREBUCHET_NODES" in os.environ:
-        check_all_came()
+        check_all_came(folder)
     accelerator = Accelerator(
         cpu=chosen.device == "cpu",
         log_with=list(plan.config.tracking) or None,
@@ -149,11 +151,11 @@ def check_hardware(world: int, device: str, chosen: Chosen) -> None:
             )
 
 
-def check_all_came() -> None:
+def check_all_came(folder: RunFolder) -> None:
     """Before the process group, which would wait for a missing rank without a word. Raises JobFailed with the node."""
     from ..training import roll_call
 
-    absent, _ = roll_call.call()
+    absent, _ = roll_call.call(folder.logs)
     if absent:
         node = absent[0].partition(":")[0] if len(absent) == 1 else None
         nodes = os.environ["TREBUCHET_NODES"].split(",")

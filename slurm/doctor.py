@@ -32,7 +32,7 @@ def examine(name: str, settings: dict[str, Any], nodes: int, tasks: int, gpus: i
     spec = JobSpec(
         name="trebuchet-doctor",
         run_folder=folder,
-        module="trebuchet.training.allocation",
+        module="trebuchet.training.doctor_job",
         arguments=(str(folder),),
         environment={"OMP_NUM_THREADS": "1"} | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""}),
         nodes=nodes,

@@ -1,12 +1,8 @@
 """Is this allocation fit to train: asked of every rank together, in the first seconds, before a model is loaded.
 
 Each rank looks at its own GPU, versions, clock, folder and model; then all see all, so that the verdict is the same
-everywhere and names the node. Run alone it is the job of `trebuchet doctor --cluster`:
-
-    python -m trebuchet.training.allocation FOLDER        writes FOLDER/report.json; the process group is as for a
-    worker
-
-Left out: this machine without other ranks (launcher/doctor.py), and any repair.
+everywhere and names the node. Run alone (doctor_job.py) it is the job of `trebuchet doctor --cluster`. Left
+out: this machine without other ranks (launcher/doctor.py), and any repair.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -220,25 +215,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def main(folder: str) -> int:
-    """The job of `doctor --cluster`: one rank per GPU, or per CPU process."""
+def report_of(folder: Path) -> int:
+    """What the job of `doctor --cluster` does on each rank: the roll call, the examination, FOLDER/report.json. 0 when all is well."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    absent, came = roll_call.call()
+    absent, came = roll_call.call(folder)
     if absent:
-        report = {"problems": absent, "came": came}
-    else:
-        dist.init_process_group("nccl" if gpu else "gloo")
-        report = examine(Path(folder), device)
-    if absent or dist.get_rank() == 0:
-        write_atomically(Path(folder) / "report.json", json.dumps(report, indent=1))
-    if not absent:
-        dist.barrier()
-        dist.destroy_process_group()
+        write_atomically(folder / "report.json", json.dumps({"problems": absent, "came": came}, indent=1))
+        return 1
+    dist.init_process_group("nccl" if gpu else "gloo")
+    report = examine(folder, device)
+    if dist.get_rank() == 0:
+        write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
     return 1 if report["problems"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
