@@ -147,6 +147,7 @@ SHARED = {
     "launcher.record",
     "launcher.run_folder",
     "launcher.model_spec",
+    "launcher.started",
     "launcher.stopping",
     "launcher.cluster",
     "launcher.inventory",
