@@ -87,9 +87,6 @@ def test_experts_run_in_the_fake_world_and_the_formula_knows_them(shape: str, tm
 
 
 CELLS = {
-    "LoRA with dropout, copies of shards": (
-        "h100-64", "{method: lora, parallel: fsdp2, dp_replicate: 8, lora: {dropout: 0.1}}", 64
-    ),
     "full, FSDP2, recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: full}", 16),
     "full, DDP, some recomputed": ("a100-80gb-8", "{method: full, parallel: ddp, checkpointing: selective}", 16),
     "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}", 16),
