@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..strategies.fake_memory import StorageTracker
 
 DEPTHS = (4, 5, 6)
+WHOLE_UP_TO = sum(DEPTHS)  # layers that are no more than these three runs have together
 EDGE = 2  # layers at either end that are looked at one by one; those between lie between their neighbours
 Place = tuple[str, str, int, int]  # what, seen from which end, how far, the how manieth time
 

@@ -29,7 +29,7 @@ from ..launcher.model_spec import table_config
 from ..launcher.plan import Chosen, Plan
 from ..strategies import fsdp2, prepare, streaming
 from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
-from .fake_depth import DEPTHS, Timeline, alike, at_depth, cut
+from .fake_depth import DEPTHS, WHOLE_UP_TO, Timeline, alike, at_depth, cut
 from .objectives import make
 from .optim import make_optimizer
 
@@ -66,7 +66,7 @@ def fake_step(plan: Plan, *, whole: bool = False) -> FakeStep:
     layers: int = config.get_text_config().num_hidden_layers
     places = None
     with _world(chosen), _as_on(chosen.device), _from_host(chosen):
-        if not whole and layers > sum(DEPTHS) and alike(config):
+        if not whole and layers > WHOLE_UP_TO and alike(config):
             places = at_depth([_step(plan, depth).places() for depth in DEPTHS], layers)
         if places is None:
             depths = (layers,)

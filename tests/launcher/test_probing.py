@@ -33,9 +33,8 @@ def planned(name: str, cluster: str, overrides: list[str]) -> Plan:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [["strategy.checkpointing=full", "optimization.micro_batch=1"], []])
-def test_qlora_of_a_70b_with_parameters_on_the_host_of_two_ranks(settings: list[str]) -> None:
-    forced = ["strategy.method=qlora", "strategy.parallel=fsdp2", "strategy.offload=params", *settings]
+def test_qlora_of_a_70b_with_parameters_on_the_host_of_two_ranks() -> None:
+    forced = ["strategy.method=qlora", "strategy.parallel=fsdp2", "strategy.offload=params"]
     plan = planned("meta-llama/Llama-3.1-70B", "rtx4090-2x24gb", forced)
     assert plan.chosen is not None and plan.chosen.ranks == 2
     found = probe(plan)
@@ -67,11 +66,6 @@ EXPERTS = {
         "h100-8",
         "{method: full, parallel: fsdp2}",
     ),
-    "LoRA of a Mixtral, experts and all": (
-        "mistralai/Mixtral-8x7B-v0.1",
-        "a100-80gb-1",
-        "{method: lora, checkpointing: full}",
-    ),
     "LoRA of a Qwen with 128 experts": ("Qwen/Qwen3-30B-A3B", "a100-80gb-1", "{method: lora, checkpointing: none}"),
 }
 
@@ -87,38 +81,40 @@ def test_experts_run_in_the_fake_world_and_the_formula_knows_them(shape: str, tm
 
 
 CELLS = {
-    "full, FSDP2, recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: full}", 16),
-    "full, DDP, some recomputed": ("a100-80gb-8", "{method: full, parallel: ddp, checkpointing: selective}", 16),
-    "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}", 16),
-}  # fmt: skip
+    "full, FSDP2, some recomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2, checkpointing: selective}"),
+    "QLoRA on the host of two": ("rtx4090-2x24gb", "{method: qlora, parallel: fsdp2, offload: params}"),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
-def test_three_depths_say_exactly_what_all_layers_would(cell: str, tmp_path: Path) -> None:
-    cluster, strategy, rows = CELLS[cell]
-    overrides = [f"strategy={strategy}", f"optimization.global_batch_size={rows}"]
-    plan = planned(tiny(tmp_path, num_hidden_layers=16), cluster, overrides)
+def test_three_depths_say_exactly_what_all_layers_would(
+    cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trebuchet.training.fake_step.WHOLE_UP_TO", 8)
+    cluster, strategy = CELLS[cell]
+    plan = planned(tiny(tmp_path, num_hidden_layers=9), cluster, [f"strategy={strategy}"])
     few, all_layers = fake_step(plan), fake_step(plan, whole=True)
-    assert (few.measured_at, all_layers.measured_at) == ((4, 5, 6), (16,))
+    assert (few.measured_at, all_layers.measured_at) == ((4, 5, 6), (9,))
     assert few.phases == all_layers.phases
 
 
 @pytest.mark.slow
-def test_layers_that_differ_are_all_run(tmp_path: Path) -> None:
+def test_layers_that_differ_are_all_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose layers attend differently has no depth that stands for another."""
+    monkeypatch.setattr("trebuchet.training.fake_step.WHOLE_UP_TO", 3)
     window = {
         "use_sliding_window": True,
         "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"] * 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
     }
-    name = tiny(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=16, **window)
+    name = tiny(tmp_path, model_type="qwen3", architectures=["Qwen3ForCausalLM"], num_hidden_layers=4, **window)
     found = fake_step(planned(name, "rtx4090-1", ["strategy=lora", "data.max_length=64"]))
-    assert found.measured_at == (16,)
+    assert found.measured_at == (4,)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "qlora"])
 def test_parameters_on_the_host_of_one_gpu(method: str, tmp_path: Path) -> None:
     """Nothing is gathered from others; each unit still comes from the host, and its largest tensor is there twice for a moment."""
     name = tiny(tmp_path, **{**(table_config("meta-llama/Llama-3.1-8B") or {}), "num_hidden_layers": 3})
