@@ -26,7 +26,7 @@ from .job import JobHandle, JobState
 from .model_spec import load_model_spec
 from .plan import Plan
 from .planner import make_plan
-from .replan import replan
+from .replan import readable_by, replan
 from .run_folder import RunFolder, new_run, open_run, require_disk
 from .schema import TrainConfig
 from .verify import Verdict
@@ -90,7 +90,7 @@ def resumable(run: str, overrides: Sequence[str] = ()) -> tuple[RunFolder, Plan]
     refuse_to_resume(folder)
     decided = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
     if overrides:
-        decided = replan(decided, overrides)
+        decided = readable_by(replan(decided, overrides), folder)
         refuse_what_cannot_start(decided)
         record.write_atomically(folder.plan, decided.model_dump_json(indent=1) + "\n")
     return folder, decided
@@ -219,8 +219,8 @@ def cancel(run: str) -> str:
 
 def waiting_or_running(folder: RunFolder) -> bool:
     """Whether someone is about to train in this folder or does. PENDING alone is a run whose launcher never came that far."""
-    state = current_state(folder)
-    return state == JobState.RUNNING or (state == JobState.PENDING and record.read(folder)["submitted"] is not None)
+    state, found = current_state(folder), record.read(folder)
+    return state == JobState.RUNNING or (state == JobState.PENDING and bool(found["submitted"] or found["attempts"]))
 
 
 def nothing_fits(decided: Plan) -> str:

@@ -127,25 +127,25 @@ def execute(folder: RunFolder, plan: Plan, *, direct: bool = False, again: Again
     0 done, 1 failed, 2 bad input that only the ranks could see, 130 stopped by the user with a checkpoint saved.
     """
     while True:
-        code = attempt(folder, plan, direct=direct, again=again)
+        next_plan = retry.lighter(plan)
+        how = next_plan and retry.sentence(plan, next_plan)
+        code = attempt(folder, plan, direct=direct, again=again, out_of_memory=how)
         found = record.read(folder)
-        if found["state"] == JobState.PENDING:
-            continue
-        if found["state"] != JobState.OUT_OF_MEMORY or (next_plan := retry.lighter(plan)) is None:
+        if found["state"] == JobState.PENDING and found["attempts"][-1]["state"] != JobState.OUT_OF_MEMORY:
+            continue  # `again` wants the same once more
+        if found["state"] != JobState.PENDING or next_plan is None:
             return code
-        assert plan.chosen is not None and next_plan.chosen is not None
-        how = f"Goes on with {retry.words(plan.chosen, next_plan.chosen)}, and the same global batch."
-        record.update(folder, attempt={"reason": f"{found['error']} {how}"})
         record.write_atomically(folder.plan, next_plan.model_dump_json(indent=1) + "\n")
         print(how, file=sys.stderr)
         plan = next_plan
 
 
 def attempt(
-    folder: RunFolder, plan: Plan, *, until: int | None = None, direct: bool = False, again: Again | None = None
-) -> int:
+    folder: RunFolder, plan: Plan, *, until: int | None = None, direct: bool = False, again: Again | None = None,
+    out_of_memory: str | None = None,
+) -> int:  # fmt: skip
     """Starts the ranks once and waits for them; the exit code, with the attempt closed in the record. `until` ends the run after that
-    step, without a checkpoint."""
+    step, without a checkpoint. `out_of_memory`: how the run goes on if that is how the attempt ends; None: it does not."""
     spec = job_spec(plan, folder, until=until)
     record.write_atomically(folder.accelerate, accelerate_config(spec))
     folder.logs.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def attempt(
     with Interrupts(folder, process) as interrupts:
         wait(folder, process)
     otherwise = _without_a_word(folder, process.returncode)
-    return close(folder, otherwise, ended_by_user=interrupts.ended, again=again)
+    return close(folder, otherwise, ended_by_user=interrupts.ended, again=again, out_of_memory=out_of_memory)
 
 
 def handle_of(pid: int) -> str:
@@ -170,7 +170,10 @@ def handle_of(pid: int) -> str:
     return f"local://{platform.node()}/{pid}"
 
 
-def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False, again: Again | None = None) -> int:
+def close(
+    folder: RunFolder, otherwise: str, *, ended_by_user: bool = False, again: Again | None = None,
+    out_of_memory: str | None = None,
+) -> int:  # fmt: skip
     """Closes the record by the outcome that the ranks left, or with the error `otherwise` when they left none; the exit code."""
     folder.stop.unlink(missing_ok=True)
     outcome: dict[str, Any] = {"exit_code": 130 if ended_by_user else 1, "error": None if ended_by_user else otherwise}
@@ -183,6 +186,9 @@ def close(folder: RunFolder, otherwise: str, *, ended_by_user: bool = False, aga
         state, code = JobState.CANCELLED, 130
     elif error and error.startswith("out of memory"):
         state = JobState.OUT_OF_MEMORY
+        if out_of_memory:
+            record.end_attempt(folder, state, code, f"{error} {out_of_memory}", goes_on=True)
+            return code
     else:
         state = JobState.FAILED
     goes_on = state == JobState.FAILED and again is not None and again(outcome)
@@ -269,14 +275,12 @@ def reconcile(folders: Sequence[RunFolder]) -> None:
                     "the launcher and its ranks ended without closing the record: killed, or the machine went down",
                 )
             continue
-        waiting = found["state"] == JobState.PENDING and found["submitted"]
-        # Between submitting and the first attempt; what has begun by now says so itself.
-        if (
-            waiting
-            and not alive(found["submitted"], found["created"])
-            and record.read(folder)["state"] == JobState.PENDING
-        ):
-            why = f"the launcher ended before it started the ranks; see {folder.logs / 'launcher.log'}"
+        # Between submitting and the first attempt, or between two; what has begun by now says so itself.
+        launcher = found["submitted"] or next((a["handle"] for a in found["attempts"][-1:]), None)
+        gone = found["state"] == JobState.PENDING and launcher and not alive(launcher, found["created"])
+        if gone and record.read(folder)["state"] == JobState.PENDING:
+            why = "the launcher ended before it started the ranks"
+            why += f"; see {folder.logs / 'launcher.log'}" if found["submitted"] else ""
             record.update(folder, state=JobState.FAILED.value, exit_code=1, error=why)
 
 

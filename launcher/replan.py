@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .config import build_config
-from .errors import ConfigError, NothingFits
+from .errors import ConfigError, NothingFits, RunError
 from .plan import Plan
 from .planner import make_plan
+from .run_folder import RunFolder
 
 MAY_CHANGE = (
     "cluster.processes",
@@ -47,3 +48,18 @@ def replan(plan: Plan, overrides: Sequence[str]) -> Plan:
         reasons = "; ".join(r.reason for r in made.rejected[-3:])
         raise NothingFits(f"the run does not fit that way: {reasons}.", made)
     return made.model_copy(update={"reasons": (*made.reasons, f"resumed with {', '.join(overrides)}")})
+
+
+def readable_by(decided: Plan, folder: RunFolder) -> Plan:
+    """The plan. RunError when a checkpoint of the run is of the other kind: before its plan is replaced by one that could never go on."""
+    assert decided.chosen is not None
+    wanted = decided.chosen.parallel
+    for path in sorted(folder.checkpoints.glob("step-*")):
+        flat = any(path.glob("zero3-*.safetensors"))
+        if flat != (wanted == "zero3"):
+            raise RunError(
+                f"{path} was written {'under' if flat else 'by another layout than'} zero3, and strategy.parallel={wanted} cannot read "
+                "it: ZeRO-3 cuts every parameter flat, all other layouts by rows. Resume without that change, on as many ranks as you "
+                "like, or start a new run."
+            )
+    return decided

@@ -56,6 +56,12 @@ def words(before: Chosen, after: Chosen) -> str:
     return ", ".join(changes)
 
 
+def sentence(before: Plan, after: Plan) -> str:
+    """How a run goes on with the next plan, for the record and the screen."""
+    assert before.chosen is not None and after.chosen is not None
+    return f"Goes on with {words(before.chosen, after.chosen)}, and the same global batch."
+
+
 def _rungs(chosen: Chosen) -> Iterator[Chosen]:
     if chosen.micro_batch > 1:
         yield chosen.model_copy(update={"micro_batch": chosen.micro_batch // 2})

@@ -79,18 +79,19 @@ def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
     from accelerate.utils import InitProcessGroupKwargs
 
     from ..training import runtime as rt
-    from ..training.watchdog import collective_limit_s
+    from ..training.watchdog import Watchdog, collective_limit_s, loading_limit_s
 
     chosen = plan.chosen
     assert chosen is not None
     rt.tune_cpu()
     if "TREBUCHET_NODES" in os.environ:
         check_all_came(folder)
+    group: dict[str, Any] = {"timeout": timedelta(seconds=collective_limit_s(plan)), **backend(chosen)}
     accelerator = Accelerator(
         cpu=chosen.device == "cpu",
         log_with=list(plan.config.tracking) or None,
         project_dir=str(folder.trackers),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=collective_limit_s(plan)))],
+        kwargs_handlers=[InitProcessGroupKwargs(**group)],
     )
     runtime = rt.Runtime(plan, folder, accelerator)
     if runtime.world > 1:
@@ -99,12 +100,22 @@ def train(folder: RunFolder, plan: Plan, until: int | None = None) -> bool:
     if runtime.world > 1 or "SLURM_JOB_ID" in os.environ:
         check_allocation(runtime, plan)
     accelerator.init_trackers("trebuchet", config=flat(plan.config.model_dump(mode="json")))
+    runtime.loading = Watchdog(folder, runtime.rank, runtime.world, loading_limit_s(plan), doing="loading the model")
+    runtime.loading.start(0)
     try:
         from ..training.session import Session
 
         return Session(runtime).run(until)
     finally:
+        runtime.loads_on(over=True)
         accelerator.end_training()
+
+
+def backend(chosen: Chosen) -> dict[str, str]:
+    """With parameters in host memory FSDP2 gathers and reduces tensors of both kinds: norms of gradients, shards to be saved. Never run
+    on a GPU. Everywhere else accelerate's own choice is right."""
+    both = chosen.device == "cuda" and chosen.parallel == "fsdp2" and chosen.offload == "params"
+    return {"backend": "cuda:nccl,cpu:gloo"} if both else {}
 
 
 def at_this_world(plan: Plan) -> Plan:

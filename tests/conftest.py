@@ -123,7 +123,8 @@ def tiny_config(tiny_model: Path, rows_file: Path, held_out_file: Path) -> Calla
             "data": {"train": str(rows_file), "eval": str(held_out_file), "max_length": 96},
             "strategy": {"method": "full"},
             "optimization": {"global_batch_size": 4, "max_steps": 40, "learning_rate": 1e-3, "warmup": 2},
-            "evaluation": {"every": 20, "generations": 2, "max_new_tokens": 8},
+            # One general prompt: the base samples an answer of 32 tokens to each, a forward pass a token.
+            "evaluation": {"every": 20, "generations": 2, "max_new_tokens": 8, "forgetting": 1},
             "checkpointing": {"every": 10, "keep": 2},
         }
         for path, value in (changes or {}).items():

@@ -33,9 +33,17 @@ SHARD_BYTES = 5 * 10**9  # of one file, as transformers writes them
 
 
 def export(
-    folder: RunFolder, plan: Plan, base: Path, layout: Layout, tokenizer: PreTrainedTokenizerBase, *, main: bool
+    folder: RunFolder,
+    plan: Plan,
+    base: Path,
+    layout: Layout,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    main: bool,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes RUN/model and returns it. Every rank calls it; only `main` writes, the others hand over their shards."""
+    """Writes RUN/model and returns it, a whole model in files of at most `shard_bytes`. Every rank calls it; only `main` writes, the
+    others hand over their shards."""
     beside = folder.root / ".model.writing"
     assert plan.chosen is not None
     if main:
@@ -50,12 +58,12 @@ def export(
             net.peft_config["default"].base_model_name_or_path = plan.config.model.name
             net.save_pretrained(beside, state_dict=adapters, safe_serialization=True)
     elif layout.together:
-        stream(layout, beside, DTYPES[plan.model.dtype], main=main)
+        stream(layout, beside, DTYPES[plan.model.dtype], main=main, shard_bytes=shard_bytes)
     elif main:
         dtype = DTYPES[plan.model.dtype]
         state = cast(net, dtype)
         with as_loaded(net, dtype):
-            net.save_pretrained(beside, state_dict=state, safe_serialization=True)
+            net.save_pretrained(beside, state_dict=state, safe_serialization=True, max_shard_size=shard_bytes)
     if main:
         finish(beside, folder.model, base, tokenizer)
     return folder.model
@@ -80,7 +88,7 @@ def as_loaded(net: Any, dtype: torch.dtype) -> Iterator[None]:
     net.config.use_cache = False
 
 
-def stream(layout: Layout, beside: Path, dtype: torch.dtype, *, main: bool, shard_bytes: int = SHARD_BYTES) -> None:
+def stream(layout: Layout, beside: Path, dtype: torch.dtype, *, main: bool, shard_bytes: int) -> None:
     """A whole fine-tuned model as one Hugging Face folder, gathered tensor by tensor: rank 0 holds one file's worth at a time.
 
     Every rank calls it. Tied tensors are written once, under the name that the model loads.

@@ -115,6 +115,7 @@ def compute(
         first = start + subject.rank * micro_batch
         mine = rows[first : min(first + micro_batch, len(rows))]
         batch = objective.collate(units, mine, packing=packing, pad_id=pad_id, width=None)
+        subject.came_on()
         flat = [i for row in mine for i in row]
         found = [
             _forward(subject, part) for part in ([batch, batch["mismatched"]] if "mismatched" in batch else [batch])

@@ -21,12 +21,15 @@ from .phases import Peaks
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .watchdog import Watchdog
+
 
 @dataclass
 class Runtime:
     plan: Plan
     folder: RunFolder
     accelerator: Accelerator
+    loading: Watchdog | None = None  # until the first step may be made; none where no worker started this process
 
     def __post_init__(self) -> None:
         self.memory = Peaks(self.device)
@@ -70,6 +73,11 @@ class Runtime:
         if self.world > 1:
             dist.all_gather_object(words, word)
         return words
+
+    def loads_on(self, *, over: bool = False) -> None:
+        """Loading has come on, or is over."""
+        if self.loading is not None:
+            self.loading.stop() if over else self.loading.beat(0)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -40,6 +40,7 @@ class Subject:
     most: Callable[..., list[int]] = lambda *values: [int(v) for v in values]
     rest: Callable[[], None] = lambda: None
     together: bool = False  # a forward takes all ranks
+    came_on: Callable[[], None] = lambda: None  # told between forwards that may take long together
 
 
 def of_stepper(stepper: Any) -> Subject:
@@ -48,7 +49,7 @@ def of_stepper(stepper: Any) -> Subject:
     return Subject(
         model=stepper.model, inside=stepper.model_inside(), device=runtime.device, kernels=stepper.kernels,
         autocasting=stepper.autocasting, rank=runtime.rank, world=runtime.world, total=runtime.total, most=runtime.most,
-        rest=stepper.layout.rest, together=stepper.layout.together,
+        rest=stepper.layout.rest, together=stepper.layout.together, came_on=runtime.loads_on,
     )  # fmt: skip
 
 

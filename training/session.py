@@ -61,8 +61,11 @@ class Session:
         self.report(prepared)
         # Adapters had to start equal on all ranks; dropout masks from here on must not be.
         torch.manual_seed(self.config.optimization.seed + self.runtime.rank)
+        self.runtime.loads_on()
         loop = self.loop(prepared)
+        self.runtime.loads_on()
         done = loop.resume()
+        self.runtime.loads_on(over=True)
         before = loop.before = self.before(loop, done)
         if not loop.run(done, until):
             return False

@@ -2,7 +2,8 @@
 
 Without it ranks wait for each other until the process group's own time-out, half an hour or never, and then every one of them
 reports the same. A thread of each rank looks at the time of its last step; it needs no collective, because those are what hangs.
-Left out: what happens before the first step and after the last, and what the scheduler does next (slurm/classify.py).
+One watches loading and the probe step, another the steps. Left out: the first evaluation, the export, and what the scheduler does next
+(slurm/classify.py).
 """
 
 from __future__ import annotations
@@ -26,18 +27,28 @@ from ..launcher.run_folder import RunFolder
 LIMIT_S = 1800.0
 # Else so many steps as the plan predicts them, and no less than SHORTEST_S: an evaluation or a save takes as long as many steps.
 STEPS, SHORTEST_S = 20.0, 900.0
+# Loading reads every weight once. A file server that gives a rank less than this is as good as stuck.
+READ_BYTES_S = 20e6
 GATHER_S = 5.0  # what ranks wait for each other's words, which they write within a poll of each other
 # Where a rank's stack ends when it waits for others, or for the GPU that waits for them.
 WAITING = ("torch/distributed/", "torch/autograd/graph.py", "torch/cuda/", "training/runtime.py")
 
 
 class Watchdog:
-    """Watches from `start` to `stop`; `beat` after everything that may take long."""
+    """Watches from `start` to `stop`; `beat` after everything that may take long. `doing`: what is watched when it is not steps."""
 
     def __init__(
-        self, folder: RunFolder, rank: int, world: int, limit_s: float, *, end: Callable[[int], Any] = os._exit
+        self,
+        folder: RunFolder,
+        rank: int,
+        world: int,
+        limit_s: float,
+        *,
+        doing: str = "",
+        end: Callable[[int], Any] = os._exit,
     ):
         self.folder, self.rank, self.world, self.limit_s, self.end = folder, rank, world, limit_s, end
+        self.doing = doing
         self.step, self.at = 0, time.monotonic()
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,7 +75,7 @@ class Watchdog:
     def _report(self) -> None:
         stack = traceback.extract_stack(sys._current_frames()[self.watched])  # type: ignore[index]
         print(
-            f"no step for {self.limit_s:g} s; this rank is at:",
+            f"{self.what()}; this rank is at:",
             *traceback.format_list(stack),
             sep="\n",
             file=sys.stderr,
@@ -83,10 +94,15 @@ class Watchdog:
         found = [json.loads(path.read_text()) for path in sorted(self.folder.logs.glob("hang-*.json"))]
         blamed = blame(found, self.world)
         if not self.folder.outcome.exists():
-            error = f"hang: no step for {self.limit_s:g} s after step {self.step}. {blamed['sentence']}"
+            error = f"hang: {self.what()}{'' if self.doing else f' after step {self.step}'}. {blamed['sentence']}"
             outcome = {"exit_code": 1, "error": error, "rank": blamed["rank"], "node": blamed["node"]}
             write_atomically(self.folder.outcome, json.dumps(outcome))
         self.end(1)
+
+    def what(self) -> str:
+        return (
+            f"{self.doing} did not end within {self.limit_s:g} s" if self.doing else f"no step for {self.limit_s:g} s"
+        )
 
     def _flight_record(self) -> None:
         """Every collective of this rank that torch still remembers, with its Python frames: logs/flight-R.json."""
@@ -108,9 +124,17 @@ def hang_limit_s(plan: Plan) -> float:
     return max(SHORTEST_S, STEPS * tokens / speed) if speed else LIMIT_S
 
 
+def loading_limit_s(plan: Plan) -> float:
+    """Seconds for everything before the first step but the evaluation: by the size of the model, or TREBUCHET_LOADING_S; 0 as above."""
+    if wanted := os.environ.get("TREBUCHET_LOADING_S"):
+        return float(wanted)
+    weights = plan.model.weights_bytes or 2 * plan.model.params
+    return LIMIT_S + weights / READ_BYTES_S
+
+
 def collective_limit_s(plan: Plan) -> float:
     """The process group's own time-out, should the watchdog's thread be stuck too: later than the watchdog, so that it speaks first."""
-    return max(LIMIT_S, 2 * hang_limit_s(plan))
+    return max(LIMIT_S, 2 * hang_limit_s(plan), 60 + loading_limit_s(plan))
 
 
 def blame(found: Sequence[dict[str, Any]], world: int) -> dict[str, Any]:

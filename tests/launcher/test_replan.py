@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 from trebuchet.launcher import api, cli
-from trebuchet.launcher.errors import ConfigError, NothingFits
-from trebuchet.launcher.replan import replan
+from trebuchet.launcher.errors import ConfigError, NothingFits, RunError
+from trebuchet.launcher.replan import readable_by, replan
+from trebuchet.launcher.run_folder import RunFolder
 
 Config = Callable[..., dict[str, Any]]
 
@@ -44,6 +45,32 @@ def test_what_cannot_be_spread_that_way_is_refused_with_the_reason(tiny_config: 
     plan = api.plan(tiny_config(cluster={"name": "local", "processes": 4}))
     with pytest.raises(NothingFits, match="dp_replicate 3 does not divide 4 ranks"):
         replan(plan, ["strategy.parallel=fsdp2", "strategy.dp_replicate=3"])
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after", "part"),
+    [
+        ("zero3-0-of-2.safetensors", "zero3", "fsdp2", "was written under zero3, and strategy.parallel=fsdp2 cannot read it"),
+        ("shard-00001-model-00001-of-00001.safetensors", "fsdp2", "zero3", "by another layout than zero3, and strategy.parallel=zero3"),
+        ("trainable.safetensors", "ddp", "zero3", "by another layout than zero3, and strategy.parallel=zero3"),
+    ],
+)  # fmt: skip
+def test_zero3_and_the_other_layouts_do_not_read_each_other(
+    tmp_path: Path, tiny_config: Config, file: str, before: str, after: str, part: str
+) -> None:
+    """Refused before anything is started or replaced: the same command without the change still goes on."""
+    two = {"cluster": {"name": "local", "processes": 2}, "output": str(tmp_path / "run")}
+    folder, _ = api.begin(tiny_config({"strategy.parallel": before, "tracking": []}, **two))
+    folder.checkpoint(4).mkdir(parents=True)
+    (folder.checkpoint(4) / file).touch()
+    plan = folder.plan.read_bytes()
+    with pytest.raises(RunError) as refused:
+        api.resumable(str(folder.root), [f"strategy.parallel={after}"])
+    assert part in str(refused.value) and "Resume without that change" in str(refused.value)
+    assert folder.plan.read_bytes() == plan
+    kept, decided = api.resumable(str(folder.root), ["cluster.processes=3", f"strategy.parallel={before}"])
+    assert decided.chosen and decided.chosen.ranks == 3 and kept.plan.read_bytes() != plan
+    readable_by(decided, RunFolder(tmp_path / "empty"))
 
 
 @pytest.mark.slow

@@ -4,8 +4,8 @@
 
 JOB.json: {"config": …, "out": FOLDER, "groups": [{"world": 2, "cells": {NAME: CELL}}]}, groups one after the other. A cell is
 {"strategy": keys of the YAML, "top": {section: keys}, "chosen": fields of the plan that a planner for a CPU would not choose (offload),
-"model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "evaluate", "export", "leave_out": true}. Each rank writes
-what it saw, by cell, into out/NAME-RANK.json.
+"model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "shard_bytes": of an exported file, "evaluate", "export",
+"leave_out": true}. Each rank writes what it saw, by cell, into out/NAME-RANK.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
         return {"error": without_the_root(name, cell, job, accelerator)}
     loop, prepared = start(name, cell, job, accelerator)
     layout = loop.stepper.layout
-    found: dict[str, Any] = {"losses": [], "norms": [], "tokens": [], **observe(layout)}
+    chosen = loop.session.chosen.model_dump(mode="json")
+    found: dict[str, Any] = {"chosen": chosen, "losses": [], "norms": [], "tokens": [], **observe(layout)}
     functional.reset_calls()
     done = loop.resume()
     first, last = cell.get("steps", [0, STEPS])
@@ -51,7 +53,7 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
     found["kernels"] = prepared.kernels.summary() if prepared.kernels else None
     found["frozen_bytes"] = digests(layout)
     if cell.get("export"):
-        found["model"] = leave(loop)
+        found["model"] = leave(loop, **({"shard_bytes": cell["shard_bytes"]} if "shard_bytes" in cell else {}))
     return found
 
 
@@ -113,7 +115,7 @@ def digests(layout: Any) -> dict[str, str]:
     }
 
 
-def leave(loop: Any) -> str:
+def leave(loop: Any, **options: int) -> str:
     """The exported folder, with the logits that the model in memory gives on fixed ids."""
     import torch
     from trebuchet.training.export import export
@@ -124,7 +126,7 @@ def leave(loop: Any) -> str:
         logits = layout.model(input_ids=torch.arange(3, 35)[None], use_cache=False).logits.float()
     layout.rest()
     main = session.runtime.main
-    path = export(session.runtime.folder, session.plan, session.base, layout, session.tokenizer, main=main)
+    path = export(session.runtime.folder, session.plan, session.base, layout, session.tokenizer, main=main, **options)
     if main:
         torch.save(logits, path / "logits.pt")
     return str(path)
@@ -169,7 +171,9 @@ def rank_main(group: dict[str, Any], job: dict[str, Any], rank: int, port: int) 
     found = {}
     for name, cell in group["cells"].items():
         try:
+            began = time.perf_counter()
             found[name] = run_cell(name, cell, job, accelerator)
+            found[name]["seconds"] = round(time.perf_counter() - began, 2)  # for whoever looks for what a test costs
         except Exception:
             print(f"rank {rank} of {world}, cell {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other ranks wait in a collective

@@ -22,6 +22,7 @@ CHANGES = {
     "optimization.warmup": 0,
     "evaluation.generations": 1,
     "evaluation.max_new_tokens": 2,
+    "evaluation.forgetting": 0,
     "checkpointing.keep": 9,
 }
 

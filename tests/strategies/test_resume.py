@@ -14,7 +14,7 @@ OTHER_ORDER = 1e-5
 SAME = {
     "fsdp2 full": {"strategy": {"method": "full", "parallel": "fsdp2"}},
     "fsdp2 qlora": {"strategy": {"method": "qlora", "parallel": "fsdp2", "lora": {"r": 4, "dropout": 0.2}}},
-    "fsdp2 8-bit": {"strategy": {"method": "lora", "parallel": "fsdp2"}, "top": {"optimization": {"optimizer": "adamw-8bit"}}},
+    "fsdp2 8-bit": {"strategy": {"method": "full", "parallel": "fsdp2"}, "top": {"optimization": {"optimizer": "adamw-8bit"}}},
     "ddp lora": {"strategy": {"method": "lora", "parallel": "ddp", "lora": {"r": 4, "dropout": 0.2}}},
 }  # fmt: skip
 WORLDS = [(4, "fsdp2"), (2, "fsdp2"), (1, "none"), (3, "fsdp2"), (2, "ddp"), (1, "fsdp2")]
@@ -43,6 +43,7 @@ def test_the_same_ranks_go_on_to_the_bit(found: dict[str, list[dict[str, Any]]],
     for whole, resumed in zip(found[name], found[f"{name} resumed"], strict=True):
         for key in ("losses", "norms", "tokens"):
             assert resumed[key] == whole[key][3:], key
+        assert resumed["frozen_bytes"] == whole["frozen_bytes"] and bool(whole["frozen_bytes"]) == ("qlora" in name)
         assert len(set(whole["losses"])) == 6
 
 
@@ -53,6 +54,8 @@ def test_other_ranks_and_layouts_go_on_to_rounding(found: dict[str, list[dict[st
     for i, (world, parallel) in enumerate(WORLDS):
         part = found[f"{method} {i}"]
         assert len(part) == world and (part[0]["kinds"] == ["DTensor"]) == (parallel == "fsdp2")
+        if parallel == "fsdp2":  # the 4-bit base is read anew on each number of ranks, and is the same
+            assert part[0]["frozen_bytes"] == whole["frozen_bytes"]
         assert part[0]["tokens"] == whole["tokens"][2 * i : 2 * i + 2]
         assert part[0]["losses"] == pytest.approx(whole["losses"][2 * i : 2 * i + 2], rel=OTHER_ORDER), (
             world,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .conftest import Run
 
 # fp32, sums over ranks in another order, six AdamW steps at 1e-3: 5e-8 to 3e-6 was seen.
 FP32 = 1e-5
+SMALL_FILES = 100_000  # bytes; the exported model is several times that
 METHODS: dict[str, Any] = {
     "full": {"method": "full"},
     "lora": {"method": "lora", "lora": {"r": 4}},
@@ -37,6 +39,8 @@ def cell(method: str, **more: Any) -> dict[str, Any]:
 def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str, list[dict[str, Any]]]:
     one = {f"one {m}": {"strategy": {**METHODS[m], "parallel": "none"}} for m in METHODS}
     two = {m: cell(m, export=True) for m in METHODS}
+    two["full"]["shard_bytes"] = SMALL_FILES
+    two["lora"]["top"] = {"evaluation": {"forgetting": 1}}  # the base answers, a forward pass a token
     two |= {name: cell(method, **change) for name, (method, change) in VARIANTS.items()}
     two["bf16"] = cell("full", top={"model": {"dtype": "bf16"}})
     one["one bf16"] = {"strategy": {**METHODS["full"], "parallel": "none"}, "top": {"model": {"dtype": "bf16"}}}
@@ -116,7 +120,11 @@ def test_what_is_left_opens_with_equal_logits(found: dict[str, list[dict[str, An
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32}
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     names = sorted(p.name for p in folder.glob("*.safetensors"))
-    assert names == ["model.safetensors" if method == "full" else "adapter_model.safetensors"]
+    if method == "full":
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        assert sorted(set(index.values())) == names and len(names) > 3
+    else:
+        assert names == ["adapter_model.safetensors"]
     opened: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     with torch.no_grad():
         logits = opened(input_ids=torch.arange(3, 35)[None]).logits

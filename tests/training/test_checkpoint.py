@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.strategies import states
@@ -165,6 +166,22 @@ def test_loading_does_not_touch_what_was_loaded(tmp_path: Path) -> None:
     before = {name: (path / name).read_bytes() for name in FILES}
     loaded(path, net, optimizer)
     assert {name: (saved(tmp_path, 3, net, optimizer) / name).read_bytes() for name in FILES} == before
+
+
+@settings(max_examples=25)
+@given(st.lists(st.none() | st.floats(0, 9), min_size=1, max_size=8), st.integers(1, 3), st.booleans())
+def test_the_newest_and_the_best_are_kept(losses: list[float | None], keep: int, keep_best: bool) -> None:
+    """Through the saver, a save at a time; a step that was not evaluated has no loss and is never the best."""
+    with tempfile.TemporaryDirectory() as root:
+        saver = checkpoint.Saver(RunFolder(Path(root)), rank=0, barrier=lambda: None)
+        for step, loss in enumerate(losses, 1):
+            state = {} if loss is None else {"held_out_loss": loss}
+            saver.save(step, lambda folder, background: None, state, keep=keep, keep_best=keep_best)
+        wanted = set(range(1, len(losses) + 1)[-keep:])
+        known = [(loss, step) for step, loss in enumerate(losses, 1) if loss is not None]
+        if keep_best and known:
+            wanted.add(min(known)[1])
+        assert {checkpoint.step_of(path) for path in checkpoint.all_of(RunFolder(Path(root)))} == wanted
 
 
 @given(st.floats(1e-4, 0.9999) | st.integers(1, 50), st.integers(1, 5000))

@@ -26,7 +26,7 @@ def train(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> Callabl
 
     def go(changes: dict[str, Any]) -> tuple[RunFolder, str | None]:
         output = str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
-        folder, plan = api.begin(tiny_config({"tracking": [], **changes}, output=output))
+        folder, plan = api.begin(tiny_config({"tracking": [], "evaluation.forgetting": 8, **changes}, output=output))
         folder.logs.mkdir()
         try:
             assert worker.train(folder, plan)

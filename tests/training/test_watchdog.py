@@ -65,8 +65,13 @@ def test_the_limit_follows_the_speed_of_the_plan(monkeypatch: pytest.MonkeyPatch
     slow, quick = (api.plan({**base, **sections}) for sections in (large, {}))
     assert slow.chosen and slow.chosen.time.tokens_per_s and quick.chosen
     step_s = 1024 * 8192 / slow.chosen.time.tokens_per_s
+    # Loading: half an hour, and what reading 8.03e9 weights of two bytes takes at 20 MB/s.
+    assert watchdog.loading_limit_s(slow) == pytest.approx(1800 + 2 * 8.03e9 / 20e6, rel=1e-3)
     assert watchdog.hang_limit_s(slow) == pytest.approx(20 * step_s) and step_s > 60
     assert watchdog.hang_limit_s(quick) == 900.0
     assert watchdog.collective_limit_s(slow) == 2 * watchdog.hang_limit_s(slow)
     monkeypatch.setenv("TREBUCHET_HANG_S", "7")
-    assert watchdog.hang_limit_s(slow) == 7.0 and watchdog.collective_limit_s(slow) == 1800.0
+    assert watchdog.hang_limit_s(slow) == 7.0
+    assert watchdog.collective_limit_s(slow) == watchdog.loading_limit_s(slow) + 60
+    monkeypatch.setenv("TREBUCHET_LOADING_S", "5")
+    assert watchdog.loading_limit_s(slow) == 5.0 and watchdog.collective_limit_s(slow) == 1800.0
