@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .config import build_config
 from .errors import ConfigError, NothingFits, RunError
-from .plan import Plan
+from .plan import Chosen, Plan
 from .planner import make_plan
 from .run_folder import RunFolder
 
@@ -47,7 +47,19 @@ def replan(plan: Plan, overrides: Sequence[str]) -> Plan:
     if made.chosen is None:
         reasons = "; ".join(r.reason for r in made.rejected[-3:])
         raise NothingFits(f"the run does not fit that way: {reasons}.", made)
+    if chosen.optimizer != "adamw" and _shards(chosen) != _shards(made.chosen):
+        raise ConfigError(
+            [
+                f"{overrides[0]}: the 8-bit optimizer states of this run belong to the rows of {chosen.ranks} ranks under "
+                f"{chosen.parallel}, and their blocks cannot be cut or joined; resume on as many ranks in the same layout"
+            ]
+        )
     return made.model_copy(update={"reasons": (*made.reasons, f"resumed with {', '.join(overrides)}")})
+
+
+def _shards(chosen: Chosen) -> tuple[int, int] | None:
+    """None for layouts with a whole copy on each rank: how many there are does not matter to their states."""
+    return (chosen.dp_replicate, chosen.dp_shard) if chosen.parallel in ("fsdp2", "zero3") else None
 
 
 def readable_by(decided: Plan, folder: RunFolder) -> Plan:

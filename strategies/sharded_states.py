@@ -93,6 +93,11 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
             states[parameter][key] = int(scalar) if hasattr(optimizer, "is_paged") else scalar
             continue
         like, dtype = wanted[parameter], about.properties.dtype
+        if hasattr(optimizer, "is_paged") and bool(own) != isinstance(like, DTensor):
+            raise LayoutError(
+                f"{folder} holds 8-bit optimizer states of {'shards' if own else 'whole parameters'}, which this layout cannot cut or "
+                "join; resume with strategy.parallel and cluster.processes as before, or train with optimization.optimizer adamw"
+            )
         sharded = about.size == like.shape and not own
         made = (
             torch.empty_like(like, dtype=dtype) if sharded else torch.empty(about.size, dtype=dtype, device=like.device)

@@ -41,6 +41,29 @@ def test_what_would_train_something_else_is_refused(tiny_config: Config, overrid
         replan(api.plan(tiny_config()), [override])
 
 
+@pytest.mark.parametrize(
+    ("before", "changes", "refused"),
+    [
+        ("fsdp2", ["cluster.processes=2", "strategy.parallel=fsdp2"], True),
+        ("fsdp2", ["strategy.parallel=ddp"], True),
+        ("fsdp2", ["strategy.parallel=fsdp2", "strategy.dp_replicate=2"], True),
+        ("ddp", ["strategy.parallel=fsdp2"], True),
+        ("fsdp2", ["strategy.parallel=fsdp2", "strategy.checkpointing=full"], False),
+        ("ddp", ["cluster.processes=2", "strategy.parallel=ddp"], False),
+    ],
+)
+def test_8_bit_states_stay_with_their_rows(tiny_config: Config, before: str, changes: list[str], refused: bool) -> None:
+    four = {"cluster": {"name": "local", "processes": 4}}
+    plan = api.plan(tiny_config({"strategy.parallel": before, "optimization.optimizer": "adamw-8bit"}, **four))
+    if refused:
+        with pytest.raises(
+            ConfigError, match=f"rows of 4 ranks under {before}, and their blocks cannot be cut or joined"
+        ):
+            replan(plan, changes)
+    else:
+        assert replan(plan, changes).chosen is not None
+
+
 def test_what_cannot_be_spread_that_way_is_refused_with_the_reason(tiny_config: Config) -> None:
     plan = api.plan(tiny_config(cluster={"name": "local", "processes": 4}))
     with pytest.raises(NothingFits, match="dp_replicate 3 does not divide 4 ranks"):

@@ -5,7 +5,7 @@
 JOB.json: {"config": …, "out": FOLDER, "groups": [{"world": 2, "cells": {NAME: CELL}}]}, groups one after the other. A cell is
 {"strategy": keys of the YAML, "top": {section: keys}, "chosen": fields of the plan that a planner for a CPU would not choose (offload),
 "model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "shard_bytes": of an exported file, "evaluate", "export",
-"leave_out": true}. Each rank writes what it saw, by cell, into out/NAME-RANK.json.
+"leave_out", "refused": true}. Each rank writes what it saw, by cell, into out/NAME-RANK.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
     chosen = loop.session.chosen.model_dump(mode="json")
     found: dict[str, Any] = {"chosen": chosen, "losses": [], "norms": [], "tokens": [], **observe(layout)}
     functional.reset_calls()
+    if cell.get("refused"):
+        return {"error": refusal(loop)}
     done = loop.resume()
     first, last = cell.get("steps", [0, STEPS])
     assert done == first, (done, first)
@@ -83,6 +85,17 @@ def start(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any
     loop = session.loop(prepared)
     loop.session = session  # type: ignore[attr-defined]
     return loop, prepared
+
+
+def refusal(loop: Any) -> str:
+    """What a checkpoint of another kind is answered with."""
+    from trebuchet.strategies.layouts import LayoutError
+
+    try:
+        loop.resume()
+    except LayoutError as problem:
+        return str(problem)
+    return "nothing was said"
 
 
 def without_the_root(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any) -> str:
@@ -182,15 +195,17 @@ def rank_main(group: dict[str, Any], job: dict[str, Any], rank: int, port: int) 
 
 def main(path: str) -> int:
     """Imports once, then forks the ranks of each group; nothing here starts a thread before that."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import accelerate
     import bitsandbytes
+    import deepspeed
     import peft
     import torch
     import transformers
     import trebuchet.training.session  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    assert all((accelerate, bitsandbytes, peft, transformers))
+    assert all((accelerate, bitsandbytes, deepspeed, peft, transformers))
     torch.set_num_threads(1)
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     for group in job["groups"]:

@@ -53,16 +53,10 @@ def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str,
         {"world": 1, "name": "one", "cells": one},
         {"world": 2, "name": "two", "cells": two},
     ]
-    for method in ("full", "lora"):
-        for i, world in enumerate((2, 3, 1)):
-            part = cell(method, steps=[2 * i, 2 * i + 2], save=[2 * i + 2])
-            groups.append(
-                {
-                    "world": world,
-                    "name": f"{method}{i}",
-                    "cells": {f"{method} {i}": {**part, "from": f"{method} moved"}},
-                }
-            )
+    for i, world in enumerate((2, 3, 1)):
+        where = {"steps": [2 * i, 2 * i + 2], "save": [2 * i + 2]}
+        parts = {f"{m} {i}": {**cell(m, **where), "from": f"{m} moved"} for m in ("full", "lora")}
+        groups.append({"world": world, "name": f"part{i}", "cells": parts})
     return run_cells(tmp_path_factory.mktemp("zero3"), groups)
 
 
