@@ -21,7 +21,7 @@ from trebuchet.launcher.plan import Plan
 from .conftest import Run
 
 pytestmark = pytest.mark.slow
-LARGE, STEPS = "meta-llama/Llama-3.1-70B", 3
+LARGE, STEPS = "meta-llama/Llama-3.1-70B", 2
 OF_THE_HARDWARE = {"device", "precision", "attention", "gpus", "memory", "time", "cost", "elastic"}
 
 
@@ -59,20 +59,17 @@ def found(
     assert plan.chosen is not None
     decided = plan.chosen.model_dump(exclude=OF_THE_HARDWARE)
     alone = {"parallel": "none", "dp_shard": 1, "accumulation": 2, "offload": "none", "checkpointing": "none"}
-    cells: dict[str, Any] = {}
-    for dtype in ("auto", "fp32"):  # auto: bf16 where the CPU has instructions for it
-        cell = {
-            "model": str(narrow_model),
-            "strategy": plan.config.strategy.model_dump(mode="json"),
-            "top": {"model": {"dtype": dtype}, "optimization": {"global_batch_size": 2, "max_steps": STEPS}},
-            "steps": [0, STEPS],
-            "export": dtype == "auto",
-        }
-        cells[f"planned {dtype}"] = {**cell, "chosen": decided, "evaluate": True}
-        cells[f"alone {dtype}"] = {**cell, "chosen": decided | alone}
+    cell = {
+        "model": str(narrow_model),
+        "strategy": plan.config.strategy.model_dump(mode="json"),
+        # bf16 where the CPU has instructions for it, as the planner says for this machine
+        "top": {"model": {"dtype": "auto"}, "optimization": {"global_batch_size": 2, "max_steps": STEPS}},
+        "steps": [0, STEPS],
+        "digests": False,  # thousands of tensors; test_matrix.py compares them for every layout
+    }
     groups = [
-        {"world": 1, "cells": {name: cell for name, cell in cells.items() if name.startswith("alone")}},
-        {"world": 2, "cells": {name: cell for name, cell in cells.items() if name.startswith("planned")}},
+        {"world": 1, "cells": {"alone": {**cell, "chosen": decided | alone}}},
+        {"world": 2, "cells": {"planned": {**cell, "chosen": decided, "export": True}}},
     ]
     return run_cells(tmp_path_factory.mktemp("mission"), groups)
 
@@ -91,41 +88,38 @@ def test_it_is_the_plan_of_the_70b_and_its_shape(
         assert of_each[0] == of_each[1]
     trained_with = {key: value for key, value in plan.chosen.model_dump().items() if key not in OF_THE_HARDWARE}
     assert worker.backend(plan.chosen) == {"backend": "cuda:nccl,cpu:gloo"}  # norms and shards are in host memory there
-    for rank in (*found["planned auto"], *found["planned fp32"]):
+    for rank in found["planned"]:
         assert {key: rank["chosen"][key] for key in trained_with} == trained_with
 
 
-# Relative, of a loss and a gradient norm. fp32: the ranks add in another order, … was seen.
-@pytest.mark.parametrize(("dtype", "loss", "norm"), [("fp32", 1e-6, 1e-5), ("auto", 2e-3, 2e-2)])
-def test_two_ranks_train_what_one_process_does(
-    found: dict[str, list[dict[str, Any]]], dtype: str, loss: float, norm: float
-) -> None:
-    [alone], planned = found[f"alone {dtype}"], found[f"planned {dtype}"]
-    print(alone["losses"], planned[0]["losses"], alone["norms"], planned[0]["norms"])
-    assert alone["losses"][-1] < alone["losses"][0] and len(alone["losses"]) == STEPS
+def test_two_ranks_train_what_one_process_does(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Losses and gradient norms, relative. In fp32 0.0 was seen (another CPU may sum in another order); in bf16 2e-3 of a loss."""
+    [alone], planned = found["alone"], found["planned"]
+    loss, norm = (1e-6, 1e-5) if alone["chosen"]["precision"] == "fp32" else (2e-3, 2e-2)
+    assert alone["losses"][-1] < 0.97 * alone["losses"][0] and len(alone["losses"]) == STEPS
     for rank in planned:
         assert rank["losses"] == pytest.approx(alone["losses"], rel=loss)
         assert rank["norms"] == pytest.approx(alone["norms"], rel=norm)
         assert rank["tokens"] == alone["tokens"]
 
 
-def test_each_rank_keeps_half_of_the_packed_weights(found: dict[str, list[dict[str, Any]]], plan: Plan) -> None:
-    first, second = found["planned auto"]
+def test_each_rank_keeps_half_of_the_packed_weights(found: dict[str, list[dict[str, Any]]]) -> None:
+    first, second = found["planned"]
     for rank in (first, second):
         assert rank["kinds"] == ["DTensor"]
         assert rank["packed_bytes"] == pytest.approx(rank["whole_packed_bytes"] / 2, rel=0.01)
         assert rank["local_bytes"] == pytest.approx(rank["whole_bytes"] / 2, rel=0.01)
-        assert {key: rank[key] for key in rank["after_evaluation"]} == rank["after_evaluation"]
-        # 80 layers of seven matrices, packed and scaled, and gathered the same on both
-        assert len(rank["frozen_bytes"]) == 6 * 7 * plan.model.num_layers
     assert first["packed_bytes"] + second["packed_bytes"] == first["whole_packed_bytes"] > 0
-    assert first["frozen_bytes"] == second["frozen_bytes"]
 
 
 def test_the_kernel_layer_ran_in_every_layer(found: dict[str, list[dict[str, Any]]]) -> None:
-    for rank in found["planned auto"]:
+    for rank in found["planned"]:
         assert "0 modules not taken" in rank["kernels"]
-        assert {"lora_mlp", "lora_qkv", "rms_norm", "rope", "token_loss"} <= set(rank["calls"]), rank["calls"]
+        assert all(
+            op in rank["kernels"].partition(";")[0] for op in ("lora_linear", "lora_mlp", "lora_qkv", "rms_norm")
+        )
+        # Under selective checkpointing the three projections of attention are one op to its policy.
+        assert {"lora_mlp", "lora_project", "nf4_dequantize", "rms_norm", "rope", "token_loss"} <= set(rank["calls"])
 
 
 def test_the_adapter_opens_in_peft_with_equal_logits(
@@ -134,10 +128,10 @@ def test_the_adapter_opens_in_peft_with_equal_logits(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    folder = Path(found["planned auto"][0]["model"])
+    folder = Path(found["planned"][0]["model"])
     named = json.loads((folder / "adapter_config.json").read_text())
     assert named["base_model_name_or_path"] == str(narrow_model) and named["r"] == 16
-    bf16 = found["planned auto"][0]["chosen"]["precision"] == "bf16-mixed"
+    bf16 = found["planned"][0]["chosen"]["precision"] == "bf16-mixed"
     dtype = torch.bfloat16 if bf16 else torch.float32
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     base = AutoModelForCausalLM.from_pretrained(
@@ -147,6 +141,5 @@ def test_the_adapter_opens_in_peft_with_equal_logits(
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=bf16):
         logits = opened(torch.arange(3, 35)[None]).logits.float()
     wanted = torch.load(folder / "logits.pt")
-    difference = (logits - wanted).abs().max()
-    print(difference, wanted.abs().max())
-    assert difference <= (0.05 if bf16 else 1e-4) * wanted.abs().max()
+    # fp32: 7e-7 of logits up to 0.8 was seen; bf16: roundings of 2^-8 through 80 layers
+    assert (logits - wanted).abs().max() <= (0.05 if bf16 else 1e-5) * wanted.abs().max()
