@@ -21,12 +21,12 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, KILLED_AFTER, SAVED_EVERY = 5, 3, 2
-CHARACTERS = 340  # of a row; it then fits into data.max_length
+STEPS, KILLED_AFTER, SAVED_EVERY = 4, 3, 2
+CHARACTERS = 280  # of a row; it then fits into data.max_length
 FEW = {
-    "data.max_length": 192, "optimization.max_steps": STEPS, "optimization.global_batch_size": 2,
+    "data.max_length": 128, "optimization.max_steps": STEPS, "optimization.global_batch_size": 2,
     "evaluation.every": STEPS, "evaluation.max_rows": 4, "evaluation.generations": 1, "evaluation.max_new_tokens": 4,
-    "checkpointing.every": SAVED_EVERY, "cluster.processes": 2,
+    "evaluation.forgetting": 0, "checkpointing.every": SAVED_EVERY, "cluster.processes": 2,
 }  # fmt: skip
 
 
