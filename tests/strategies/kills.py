@@ -4,12 +4,14 @@
 
 Both runs are begun (train.yaml, plan.json, run.json) and have the same plan; `quiet` is left in peace. A kill is SIGKILL to one rank
 or to all, in a step or in a save, which follows every step. In one attempt in the middle `disk`, a file system of its own that holds
-the run, is full but for a few kilobytes, so its save ends in the middle of a file; without a disk the kernel allows no larger file.
+the run, fills up to a few kilobytes, so that a save ends in the middle of a file; without a disk the kernel allows no larger file.
 Before all that, rank 1 of one attempt never ends loading.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -17,6 +19,7 @@ import resource
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -62,12 +65,16 @@ def stick(here: bool) -> None:
         session.prepare = lambda *a, **k: time.sleep(LIMIT_S)  # type: ignore[assignment]
 
 
-def fill(disk: str) -> Path:
-    """Takes all but FILE_BYTES of a file system."""
-    ballast, system = Path(disk, "ballast"), os.statvfs(disk)
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, system.f_bavail * system.f_frsize - FILE_BYTES)
-    return ballast
+def fill(disk: str, run: str, before: int, over: threading.Event) -> None:
+    """Once the run has made a step takes all but FILE_BYTES of a file system, and what is given back, until `over`."""
+    for i in itertools.count():
+        if over.wait(0.005):
+            return
+        system = os.statvfs(disk)
+        size = system.f_bavail * system.f_frsize - FILE_BYTES
+        if last_step(run) > before and size > 0:
+            with Path(disk, f"ballast-{i}").open("wb") as file, contextlib.suppress(OSError):  # the ranks were faster
+                os.posix_fallocate(file.fileno(), 0, size)
 
 
 def without_room(run: str, disk: str | None) -> dict[str, Any]:
@@ -75,11 +82,18 @@ def without_room(run: str, disk: str | None) -> dict[str, Any]:
     from trebuchet.launcher.run_folder import RunFolder
     from trebuchet.training import checkpoint
 
-    ballast = fill(disk) if disk else None
-    codes = reap(fork(run, small_files=disk is None), grace_s=LIMIT_S)
+    over, before = threading.Event(), last_step(run)
+    ranks = fork(run, small_files=disk is None)
+    thread = threading.Thread(target=fill, args=(disk, run, before, over))
+    if disk:
+        thread.start()
+    codes = reap(ranks, grace_s=LIMIT_S)
+    over.set()
+    if disk:
+        thread.join()
+        for ballast in Path(disk).glob("ballast-*"):
+            ballast.unlink()
     outcome = json.loads(Path(run, "logs", "outcome.json").read_text())
-    if ballast:
-        ballast.unlink()
     kept = sorted(path.name for path in Path(run, "checkpoints").iterdir())
     valid = checkpoint.latest(RunFolder(Path(run)))
     found = {"checkpoints": kept, "valid": valid and checkpoint.step_of(valid)}
