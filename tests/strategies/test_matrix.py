@@ -21,8 +21,14 @@ pytestmark = pytest.mark.slow
 # (loss, gradient norm), relative. fp32: the ranks add in another order; 1.1e-7 was seen. bf16, adapters: the same products under the
 # same autocast, 0.0 was seen; another CPU may cut a product of two rows unlike one of four. bf16, full: DDP's bf16 products sum
 # their gradients in fp32 (7e-5 seen); FSDP2 gathers weights in bf16 and keeps the residual stream in it, where autocast keeps it
-# in fp32 (2e-4 and 2.2e-3 seen).
-TOLERANCES = {"fp32": (1e-6, 2e-6), "bf16 adapters": (1e-4, 2e-3), "bf16 full": (2e-3, 2e-2), "8-bit": (1e-4, 1e-3)}
+# in fp32 (2e-4 and 2.2e-3 seen). 8-bit states: blocks of two ranks are those of one, so bitsandbytes' step gives bitsandbytes' numbers
+# (7e-8 and 2.1e-7 seen; another CPU's sums may tip a code); the kernel layer's tips one here and there (1.4e-5 and 2.1e-5 seen).
+TOLERANCES = {
+    "fp32": (1e-6, 2e-6),
+    "bf16 adapters": (1e-4, 2e-3),
+    "bf16 full": (2e-3, 2e-2),
+    "8-bit": (1e-4, 2e-4),
+}
 FULL, LORA, QLORA = {"method": "full"}, {"method": "lora", "lora": {"r": 4}}, {"method": "qlora", "lora": {"r": 4}}
 INT8 = {"method": "qlora", "quant": {"type": "int8"}, "lora": {"r": 4}}
 METHODS = {"full": FULL, "lora": LORA, "qlora": QLORA}
@@ -111,11 +117,7 @@ def found(
 def test_every_step_equals_one_process(found: dict[str, list[dict[str, Any]]], name: str) -> None:
     wanted = found[reference_of(name)][0]
     kind = "fp32" if "bf16" not in name else "bf16 full" if "fsdp2" in name and "full" in name else "bf16 adapters"
-    kind = "8-bit" if "8-bit" in name or "int8" in name else kind
-    print(
-        [abs(a / b - 1) for a, b in zip(found[name][0]["losses"], wanted["losses"], strict=True)],
-        [abs(a / b - 1) for a, b in zip(found[name][0]["norms"], wanted["norms"], strict=True)],
-    )
+    kind = "8-bit" if "8-bit" in name else kind
     loss, norm = TOLERANCES[kind]
     for rank in found[name]:
         assert rank["losses"] == pytest.approx(wanted["losses"], rel=loss)
@@ -204,8 +206,7 @@ def test_the_artefact_opens_in_plain_transformers_and_peft(
         logits = model(torch.arange(3, 35)[None]).logits.float()
     wanted = torch.load(folder / "logits.pt")
     # fp32: another order of products; bf16: a few roundings of 2^-8 in two layers, of logits around 0.3
-    print((logits - wanted).abs().max())
-    assert (logits - wanted).abs().max() <= (1e-3 if "int8" in name else 1e-5 if dtype == torch.float32 else 2e-2), name
+    assert (logits - wanted).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2), name
     alone = Path(found[reference_of(name)][0]["model"])
     files = [sorted(f.glob("*.safetensors")) for f in (folder, alone)]
     shapes = [{n: (t.shape, t.dtype) for file in of_one for n, t in load_file(file).items()} for of_one in files]
