@@ -128,7 +128,7 @@ def execute(folder: RunFolder, plan: Plan, *, direct: bool = False, again: Again
     """
     while True:
         next_plan = retry.lighter(plan)
-        how = next_plan and retry.sentence(plan, next_plan)
+        how = retry.sentence(plan, next_plan) if next_plan else None
         code = attempt(folder, plan, direct=direct, again=again, out_of_memory=how)
         found = record.read(folder)
         if found["state"] == JobState.PENDING and found["attempts"][-1]["state"] != JobState.OUT_OF_MEMORY:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trebuchet.launcher import api, local, record
 from trebuchet.launcher.cells import cannot
 from trebuchet.launcher.costing import Layout
 from trebuchet.launcher.plan import Plan
 from trebuchet.launcher.planner import hardware_of
 from trebuchet.launcher.retry import lighter, words
+from trebuchet.launcher.run_folder import RunFolder
 
 from .test_planner import CPU, MODELS, gpus, plan
 
@@ -93,3 +98,31 @@ def test_every_rung_keeps_the_global_batch_and_they_end(
         layout = Layout(a.parallel, a.offload, a.dp_replicate, a.dp_shard)
         assert cannot(after.config, hardware_of(after.config, after.cluster), a.method, layout) is None
         assert Plan.model_validate_json(after.model_dump_json()) == after
+
+
+def test_between_two_attempts_no_reader_sees_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every state that run.json ever had, while ranks that run out of memory three times are started by a real launcher; the ranks
+    leave the outcome that real ones leave (tests/launcher/test_out_of_memory.py starts those)."""
+    folder, states = RunFolder(tmp_path / "run"), []
+    config = {"optimization": {"global_batch_size": 8, "micro_batch": 4}, "data": {"train": "t", "max_length": 64}}
+    first = plan(MODELS[0], CPU, {"method": "lora", "checkpointing": "full"}, **config)
+    api.fill(folder, first, None)
+    outcome = {"exit_code": 1, "error": "out of memory: injected.", "rank": 0, "node": None}
+    ranks = f"import pathlib; pathlib.Path({str(folder.outcome)!r}).write_text({json.dumps(outcome)!r})"
+    monkeypatch.setattr(local, "command", lambda spec, **more: [sys.executable, "-c", ranks])
+    real = record.write_atomically
+
+    def write(path: Path, text: str) -> None:
+        real(path, text)
+        if path == folder.record:
+            states.append(json.loads(text)["state"])
+
+    monkeypatch.setattr(record, "write_atomically", write)
+    assert local.execute(folder, first) == 1
+    assert states[-1] == "OUT_OF_MEMORY" and set(states[:-1]) == {"PENDING", "RUNNING"}
+    attempts = record.read(folder)["attempts"]
+    assert [one["state"] for one in attempts] == ["OUT_OF_MEMORY"] * 3
+    assert "micro-batch 2 instead of 4, accumulation 4 instead of 2" in attempts[0]["reason"]
+    assert attempts[2]["reason"] == "out of memory: injected."
+    last = Plan.model_validate_json(folder.plan.read_text())
+    assert last.chosen is not None and (last.chosen.micro_batch, last.chosen.accumulation) == (1, 8)
