@@ -49,7 +49,7 @@ def beside(path: str) -> Any:
 
 ray_figure = beside("benchmarks/ray_figure.py")
 IDLE_S = 6.0
-TRIALS, PARALLEL, STEPS, BATCH, LENGTH = 16, 2, 30, 8, 128
+TRIALS, PARALLEL, STEPS, BATCH, LENGTH = 16, 2, 20, 8, 128
 ASK = """
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -284,10 +284,10 @@ def main(words: list[str]) -> None:
             }
             found[name] = verbs[name]() | {"load": os.getloadavg()}
             print(json.dumps({name: found[name]}, indent=1), flush=True)
-    if "--json" in options:
-        Path(options["--json"]).write_text(json.dumps(found, indent=1) + "\n")
-    if "--figure" in options:
-        Path(options["--figure"]).write_text(watched.svg(), encoding="utf-8")
+            if "--json" in options:
+                Path(options["--json"]).write_text(json.dumps(found, indent=1) + "\n")
+            if "--figure" in options and watched.panels:
+                Path(options["--figure"]).write_text(watched.svg(), encoding="utf-8")
 
 
 if __name__ == "__main__":

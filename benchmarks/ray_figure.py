@@ -17,7 +17,7 @@ from trebuchet.ray_cluster.state import cluster_folder
 
 LOOK_S = 0.25
 LEFT, WIDTH, HEIGHT, TOP, GAP = 48, 640, 90, 34, 74
-ROWS, HELD_OUT = 6000, 64
+ROWS, HELD_OUT = 12_000, 64
 WORDS = ["north", "river", "stone", "amber", "willow", "copper", "harbour", "lantern", "meadow", "thunder"]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -33,7 +33,7 @@ UPDATE_S = 2  # between two decisions of the autoscaler; its own 5 s are most of
 def main(state: str) -> int:
     folder = ClusterFolder(Path(state))
     stopped = _StopFlag()
-    ports = dict(zip(("gcs", "dashboard", "client", "metrics"), free_ports(4), strict=True))
+    ports = dict(zip(("gcs", "dashboard", "client", "metrics", "agent"), free_ports(5), strict=True))
     facts = folder.write(scratch=tempfile.mkdtemp(prefix="tr-"))
     if facts["host"] is None:  # in a Slurm job: the address by which the other nodes know this one
         facts = folder.write(host=os.environ["TREBUCHET_HEAD_HOST"])
@@ -112,12 +112,14 @@ def autoscaling(
 
 
 def head_command(folder: ClusterFolder, facts: dict[str, Any], ports: dict[str, int]) -> list[str]:
-    """No CPUs and no GPUs: drivers run on the head, ranks never do."""
+    """No CPUs and no GPUs: drivers run on the head, ranks never do. The agent, which starts jobs, has a port of its own: Ray's is
+    always 52365, and the second cluster of a machine would take no job."""
     return [
         *ray_program(), "start", "--head", "--block", f"--node-ip-address={facts['host']}", f"--port={ports['gcs']}",
         "--num-cpus=0", "--num-gpus=0", f"--temp-dir={facts['scratch']}/h", f"--object-store-memory={facts['object_store_bytes']}",
         "--include-dashboard=true", f"--dashboard-host={facts['host']}", f"--dashboard-port={ports['dashboard']}",
-        f"--ray-client-server-port={ports['client']}", f"--autoscaling-config={folder.autoscaling}", "--disable-usage-stats",
+        f"--ray-client-server-port={ports['client']}", f"--dashboard-agent-listen-port={ports['agent']}",
+        f"--autoscaling-config={folder.autoscaling}", "--disable-usage-stats",
     ]  # fmt: skip
 
 
