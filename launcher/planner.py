@@ -3,8 +3,8 @@
 The policy, in one place:
 
 1. Method: the one of highest fidelity that fits, full then LoRA then QLoRA, unless the user named one, its hours or price are over
-   the user's budget, or there are so few examples that full fine-tuning of a model of billions comes last (FEW_EXAMPLES). A frozen
-   base that streams from host memory in every step comes after one that does not: NF4 on the GPU costs less than the bus.
+   the user's budget, or there are so few examples that full fine-tuning of a model of billions comes last (FEW_EXAMPLES). Weights
+   that stream from host memory in every step come after all methods that do without: the bus costs more than NF4.
 2. Where things are: all on the GPUs, then ZeRO-3 with the optimizer in host memory, then FSDP2 with the parameters there too.
 3. Within these, of all that fits, the fastest by the formula of `strategies/throughput.py`: one device; on several DDP (a whole copy
    on each), or FSDP2 over all of them or over whole nodes, with copies between (HSDP, dp_replicate x dp_shard); activation
@@ -177,7 +177,9 @@ def candidates(config: TrainConfig, hardware: Hardware, last: tuple[str, ...] = 
     every = [(method, layout) for method in methods for layout in layouts(config, hardware)]
     if config.strategy.offload == "auto":  # adapters have next to no optimizer states to move
         every = [(method, layout) for method, layout in every if method == "full" or layout.offload != "optimizer"]
-    return sorted(every, key=lambda cell: cell[0] != "full" and cell[1].offload != "none")
+    return sorted(
+        every, key=lambda cell: cell[1].offload == "params" or (cell[0] != "full" and cell[1].offload != "none")
+    )
 
 
 def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:

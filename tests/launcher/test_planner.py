@@ -161,6 +161,22 @@ def gpus(count: int, memory_gib: float, host_gib: float) -> Cluster:
     return Cluster(name="x", groups=(group,))
 
 
+@pytest.mark.parametrize(
+    ("model", "memory", "method"),
+    [
+        ("meta-llama/Llama-3.1-8B", 23.5, "lora"),
+        ("meta-llama/Llama-2-13b-hf", 23.5, "qlora"),
+        ("meta-llama/Llama-3.1-70B", 79.1, "qlora"),
+    ],
+)
+def test_a_large_host_does_not_make_a_small_gpu_stream(model: str, memory: float, method: str) -> None:
+    """Full fine-tuning fits there with its weights in 2 TB of host memory, and each step would pass them over the bus."""
+    found = plan(model, gpus(1, memory, 2000)).chosen
+    assert found is not None and (found.method, found.offload) == (method, "none")
+    streamed = plan(model, gpus(1, memory, 2000), {"method": "full", "offload": "params"}).chosen
+    assert streamed is not None and streamed.method == "full"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(MODELS),
