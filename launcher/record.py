@@ -1,7 +1,7 @@
 """run.json: the one record of a run, read and written in one place, atomically, by launcher and rank 0 alike.
 
     {"run", "created", "state", "exit_code", "error", "step", "steps", "attempts": [...], "versions", "git", "host", "seed",
-     "data", "model", "kernels", "evaluation"}
+     "data", "model", "kernels", "evaluation", "measured_memory", "model_files", "merge", "exports", "pushed"}
 
 Left out: secrets (nothing of the environment is recorded but versions), and the metrics, which are in metrics.jsonl.
 """
