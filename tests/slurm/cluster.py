@@ -66,6 +66,7 @@ GresTypes=gpu
 PartitionName=low Nodes={names} Default=YES PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=60
 PartitionName=abrupt Nodes={names} PriorityTier=1 MaxTime=60 State=UP PreemptMode=REQUEUE GraceTime=0
 PartitionName=high Nodes={names} PriorityTier=10 MaxTime=60 State=UP PreemptMode=OFF
+PartitionName=gpu Nodes=big PriorityTier=1 State=UP PreemptMode=OFF
 {typed}"""
 
 
@@ -87,7 +88,7 @@ class SlurmCluster:
         self._munge()
         self._before_controller()
         self._spawn("slurmctld", "slurmctld", "-D", "-f", str(self.root / "slurm.conf"))
-        for name in self.names():
+        for name in (*self.names(), "big"):
             self.start_node(name)
         wait_for(
             lambda: self.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == str(self.nodes),
@@ -151,9 +152,16 @@ class SlurmCluster:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / "state").mkdir()
         names, kinds = self.names(), ["", *self.typed]
-        ports = free_ports(len(names) + 1)
-        nodes, gres = [], []
-        for i, (name, port) in enumerate(zip(names, ports[1:], strict=True)):
+        ports = free_ports(len(names) + 2)
+        # One node of the kind that cluster_configs/ray-on-slurm.yaml asks for, in the partition `gpu`.
+        big = len(names) * self.gpus
+        nodes = [
+            f"NodeName=big NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=72 RealMemory=64000 Gres=gpu:4 State=UNKNOWN"
+        ]
+        gres = [f"NodeName=big Name=gpu File={self.root}/gpu[{big}-{big + 3}]"]
+        for number in range(big, big + 4):
+            (self.root / f"gpu{number}").touch()
+        for i, (name, port) in enumerate(zip(names, ports[2:], strict=True)):
             kind = kinds[max(0, i + 1 - self.nodes)]
             first, last = i * self.gpus, (i + 1) * self.gpus - 1
             for number in range(first, last + 1):

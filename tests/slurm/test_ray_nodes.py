@@ -101,12 +101,33 @@ def test_nodes_come_are_replaced_and_go(
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end; {record.read(run)}")
     found = record.read(run)
     assert found["state"] == JobState.SUCCEEDED, found
-    first, second = found["attempts"]
+    first, second = found["attempts"][:2]
     assert first["kind"] == "drained" and first["state"] == JobState.PREEMPTED, found["attempts"]
     assert second["first_step"] == first["last_step"] > 0, found["attempts"]
     wait_for(lambda: not nodes_of(folder), 120, lambda: f"idle nodes to end; {ray_jobs.jobs(folder)}")
     clusters.down(ray_on_slurm.name, lambda line: None)
     assert slurm.ask("squeue", "-h", "-o", "%j").split().count(ray_jobs.job_name(folder)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(slurm: SlurmCluster) -> None:
+    """In the partition that it names. The head's job is killed with its script, as by a node that fails: a node's job ends itself."""
+    name = "ray-on-slurm"
+    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
+    clusters.up(load_cluster(name), lambda line: None)
+    folder = cluster_folder(name)
+    try:
+        assert (shown := clusters.status(load_cluster(name)))["up"] and shown["most"] == 4
+        head = folder.read()["head_job"]
+        clusters.resize(name, 1)
+        wait_for(lambda: bool(clusters.nodes(folder)), 120, lambda: f"a node; {ray_jobs.jobs(folder)}")
+        assert clusters.nodes(folder)[0]["resources"]["GPU"] == 4
+        slurm.ask("scancel", "--full", "--signal=KILL", head)
+        wait_for(lambda: not ray_jobs.jobs(folder), 120, lambda: f"an empty queue; {ray_jobs.jobs(folder)}")
+    finally:
+        clusters.down(name, lambda line: None)
+    assert not folder.root.exists()
 
 
 def nodes_of(folder: ClusterFolder) -> dict[str, str]:
