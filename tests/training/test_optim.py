@@ -1,4 +1,4 @@
-"""8-bit optimizers: bitsandbytes' own as it is, the kernel layer's against it, both over shards; and their checkpoints."""
+"""8-bit optimizers: bitsandbytes' own as it is, the kernel layer's against it, both over shards, and their checkpoints; schedules."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from trebuchet.launcher.schema import Optimization
 from trebuchet.training.loop import Loop
-from trebuchet.training.optim import make_optimizer
+from trebuchet.training.optim import make_optimizer, make_schedule, warmup_steps
 
 RATE, DECAY = 1e-2, 0.1
 EIGHT_BIT = ("adamw-8bit", "adamw-8bit-kernel")
@@ -79,3 +80,31 @@ def test_resume_is_exact_with_8bit_states(make_loop: Callable[..., Loop], name: 
     eight = [s for s in again.stepper.optimizer.state.values() if s["state1"].dtype == torch.uint8]
     assert len(eight) > 5  # the model's matrices
     assert [again.stepper.step([again.batch(again.order.batch(s))]).loss for s in range(2, 5)] == losses[2:]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 7), (0.3, 10), (4, 23), (5, 5), (9, 4), (0.05, 1000)])
+def test_schedules_are_those_of_transformers(schedule: str, warmup: float, steps: int) -> None:
+    """Every learning rate to the bit, one step beyond the end too; and a schedule goes on from its state."""
+    from transformers import get_scheduler
+
+    def optimizer() -> torch.optim.Optimizer:
+        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+
+    settings = Optimization(schedule=schedule, warmup=warmup)
+    ours, name = (
+        make_schedule(optimizer(), settings, steps),
+        "constant_with_warmup" if schedule == "constant" else schedule,
+    )
+    theirs = get_scheduler(name, optimizer(), num_warmup_steps=warmup_steps(warmup, steps), num_training_steps=steps)
+    again = None
+    for step in range(steps + 1):
+        if step == steps // 2:
+            again = make_schedule(optimizer(), settings, steps)
+            again.load_state_dict(ours.state_dict())
+        assert ours.get_last_lr() == theirs.get_last_lr()
+        assert again is None or step == steps // 2 or again.get_last_lr() == ours.get_last_lr()
+        for each in (ours, theirs, again):
+            if each is not None:
+                each.optimizer.step()
+                each.step()
