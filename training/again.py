@@ -21,7 +21,7 @@ from . import evaluate as asking
 from . import harness
 from .data import JudgedSet, PairSet, Units
 from .data.prepare import row_tokens
-from .finished import Finished, open_finished
+from .finished import Finished
 from .judge import Judge
 from .metrics import find as find_metric
 from .objectives import make as make_objective
@@ -94,13 +94,6 @@ def with_reference(run: Finished, judge: Judge, base: Subject) -> Judge:
     held.units = replace(held.units, reference=compute(held.units, base, judge.rule, held.rows, **layout))
     judge.rule.reference = Precomputed()
     return judge
-
-
-def evaluate_run(run: str) -> dict[str, Any]:
-    """A run by folder or name, and the figures that a table of many has; for slurm/fanout.py, one task for each."""
-    figures = evaluate(open_finished(run), metrics=(), tasks=(), generations=0)
-    losses = {f"loss_{when}": figures[when]["loss"] for when in ("before", "after")}
-    return {"run": run, **losses, "verdict": figures.get("verdict")}
 
 
 def opened(run: Finished, *, tuned: bool) -> Subject:
