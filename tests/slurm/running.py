@@ -39,12 +39,6 @@ def wait_for_step(folder: RunFolder, step: int, attempt: int) -> None:
     wait_for(there, 150, lambda: f"step {step} of attempt {attempt}; {said(folder)}")
 
 
-def wait_for_more(folder: RunFolder, steps: int, attempt: int) -> None:
-    """Until `attempt` has done so many steps of its own; it has begun by then, which a record of the attempt before does not show."""
-    wait_for_step(folder, 0, attempt)
-    wait_for_step(folder, record.read(folder)["attempts"][-1]["first_step"] + steps, attempt)
-
-
 def rank_process(folder: RunFolder, rank: int) -> psutil.Process:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):

@@ -19,36 +19,35 @@ from trebuchet.launcher.run_folder import open_run
 
 from .cluster import SlurmCluster
 from .conftest import HERE
-from .running import finish, losses, rank_process, run_job, said, submit, wait_for_more, wait_for_step
+from .running import finish, losses, rank_process, run_job, said, submit, wait_for_step
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
-TWO_RANKS = {
-    "optimization.max_steps": 240, "checkpointing.every": 15, "evaluation.every": 240, "evaluation.generations": 0,
+FOUR_RANKS = {
+    "optimization.max_steps": 120, "checkpointing.every": 15, "evaluation.every": 120, "evaluation.generations": 0,
     "data.packing": False, "data.max_length": 64,
 }  # fmt: skip
-ENDLESS = {"optimization.max_steps": 10**6, "evaluation.every": 10**5, "data.eval": 0}
 
 
-def test_two_nodes_through_preemption_a_killed_rank_and_a_lost_node(
+def test_four_ranks_through_preemption_a_killed_rank_and_a_lost_node(
     slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
-    """Two nodes with a gloo rank each, disturbed three times: the losses of the undisturbed run, to the bit. (Two ranks on a node: the
-    test of a rank that hangs; eight ranks on four nodes: benchmarks/slurm_soak.py.)"""
+    """Two nodes with two gloo ranks each, disturbed three times: the losses of the undisturbed run, to the bit."""
     cluster = cluster_file(nodes=2)
-    whole = submit(tiny_config(TWO_RANKS, output=str(tmp_path / "whole")), cluster)
+    ranks = {"name": cluster, "processes": 2}
+    whole = submit(tiny_config(FOUR_RANKS, output=str(tmp_path / "whole"), cluster=ranks), cluster)
     lines = finish(whole)
     assert record.read(whole)["state"] == "SUCCEEDED", said(whole)
     assert {line[:4] for line in lines if line.startswith("[")} >= {"[0] "}
     expected = losses(whole)
-    assert list(expected) == list(range(1, 241))
+    assert list(expected) == list(range(1, 121))
 
-    run = submit(tiny_config(TWO_RANKS, output=str(tmp_path / "disturbed")), cluster)
+    run = submit(tiny_config(FOUR_RANKS, output=str(tmp_path / "disturbed"), cluster=ranks), cluster)
     wait_for_step(run, 5, attempt=1)
     slurm.ask("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
-    wait_for_more(run, 20, attempt=2)
-    rank_process(run, 1).kill()
-    wait_for_more(run, 20, attempt=3)  # far from the end: ranks that are done are not missed
+    wait_for_step(run, 35, attempt=2)
+    rank_process(run, 2).kill()
+    wait_for_step(run, 40, attempt=3)  # far from the end: ranks that are done are not missed
     lost = record.read(run)["attempts"][-1]["nodes"][-1]
     slurm.kill_node(lost)
     try:
@@ -61,7 +60,7 @@ def test_two_nodes_through_preemption_a_killed_rank_and_a_lost_node(
     assert len({attempt["handle"] for attempt in found["attempts"]}) == 1  # one job id through all of it
     assert first["kind"] == "preempted" and first["state"] == "PREEMPTED" and "saved in time" in first["reason"]
     assert second["first_step"] == first["last_step"] >= 5  # nothing lost with a warning
-    assert second["kind"] == "node" and "rank 1" in second["reason"] and "Killed" in second["reason"]
+    assert second["kind"] == "node" and "rank 2" in second["reason"] and "Killed" in second["reason"]
     assert third["first_step"] >= second["last_step"] - 15  # one checkpoint interval without
     assert second["nodes"][1] not in third["nodes"]  # the node of the killed rank is avoided
     assert third["kind"] == "node" and lost in third["reason"] and lost not in fourth["nodes"]
@@ -77,14 +76,13 @@ def test_time_limit_cancel_and_resume(
     slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
     """A run without end: goes on after its time limit under the same id, stops when it is told to, is resumed as a new job."""
-    changes = {**ENDLESS, "checkpointing.every": 10**5, "tracking": ["tensorboard"]}
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 10**5, "evaluation.every": 10**5, "data.eval": 0}
     run = submit(tiny_config(changes, output=str(tmp_path / "run")), cluster_file(warning_s=60))
     wait_for_step(run, 2, attempt=1)
     job = record.read(run)["submitted"].rpartition("/")[2]
     minutes = slurm.ask("squeue", "-h", "-j", job, "-o", "%M").strip().split(":")[-2]
     slurm.ask("scontrol", "update", f"JobId={job}", f"TimeLimit={int(minutes) + 2}")  # Slurm counts limits in minutes
     wait_for_step(run, 0, attempt=2)
-    slurm.ask("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     wait_for_step(run, record.read(run)["attempts"][0]["last_step"] + 1, attempt=2)
     first, second = record.read(run)["attempts"]
     assert first["kind"] == "time-limit" and first["state"] == "TIMEOUT" and "saved in time" in first["reason"], said(
@@ -110,7 +108,7 @@ def test_time_limit_cancel_and_resume(
 def test_a_rank_that_hangs_is_named_and_the_job_goes_on_once(
     slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
-    changes = {**ENDLESS, "checkpointing.every": 10}
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 10, "evaluation.every": 10**5, "data.eval": 0}
     cluster = cluster_file(environment={**HERE, "TREBUCHET_HANG_S": "5"})
     ranks = {"name": cluster, "processes": 2}
     run = submit(tiny_config(changes, output=str(tmp_path / "run"), cluster=ranks), cluster)
@@ -128,8 +126,7 @@ def test_hostile_folder_from_a_login_node_without_torch(
 ) -> None:
     """Submitted by the command line where torch, transformers and datasets cannot be imported; the script is the dry run's."""
     folder = tmp_path / "a b'c\"$(touch pwned)`touch pwned`\n日本 %j \\ #"
-    changes = {"optimization.max_steps": 2, "evaluation.generations": 0}
-    config = tiny_config(changes, output=str(folder))
+    config = tiny_config({"optimization.max_steps": 2, "evaluation.generations": 0}, output=str(folder))
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     bare = (
         "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets', 'numpy')));"
@@ -229,7 +226,7 @@ def small_disk(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_stops_the_run_and_says_so(
     small_disk: Path, cluster_file: Callable[..., str], tiny_config: Config
 ) -> None:
-    changes = {**ENDLESS, "checkpointing.every": 50}
+    changes = {"optimization.max_steps": 10**6, "checkpointing.every": 50, "evaluation.every": 10**5, "data.eval": 0}
     run = submit(tiny_config(changes, output=str(small_disk / "run")), cluster_file())
     wait_for_step(run, 55, attempt=1)
     with (small_disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
