@@ -100,7 +100,7 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
     """The base as it was trained on (quantized for qlora), or with what was trained."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-    from ..strategies.score import add_score_places, start_scores_small
+    from ..strategies.score import add_score_places, small_scores
 
     config, chosen = run.plan.config, run.chosen
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,7 +131,7 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
     if score:
         add_score_places(net)
         if whole == run.base:  # the head that training began with
-            start_scores_small(net, config.optimization.seed)
+            net.score.weight.data.copy_(small_scores(net, config.optimization.seed)["score.weight"])
     if tuned and chosen.method != "full":
         from peft import PeftModel
 
