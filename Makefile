@@ -43,13 +43,17 @@ demo: .venv/demo
 # test is one thread of arithmetic. A group (of one module's fixture) stays in one process.
 KERNEL_TESTS := $(PY) -m pytest -n 2 --dist loadgroup tests/kernels
 
+# The others: short ones two at a time, a file in one process; then those that start clusters, ranks or servers, one by one.
+SHORT_TESTS := $(PY) -m pytest -n 2 --dist loadfile --ignore tests/kernels -m 'not slow and not gpu'
+
 test: .venv/dev
 	$(KERNEL_TESTS)
-	$(PY) -m pytest --ignore tests/kernels
+	$(SHORT_TESTS)
+	$(PY) -m pytest --ignore tests/kernels -m 'slow or gpu' --durations 40
 
 test-fast: .venv/dev
 	$(KERNEL_TESTS) -m 'not slow and not gpu'
-	$(PY) -m pytest -m 'not slow and not gpu' --ignore tests/kernels
+	$(SHORT_TESTS)
 
 soak: .venv/dev
 	TREBUCHET_KILLS=25 $(PY) -m pytest tests/strategies/test_kills.py
