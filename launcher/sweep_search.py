@@ -97,7 +97,7 @@ def suggest(space: Mapping[str, Values], past: Sequence[Past], *, mode: str, see
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     sampler = optuna.samplers.TPESampler(seed=int.from_bytes(digest[:4], "big"), n_startup_trials=1, constant_liar=True)
-    direction = "minimize" if mode == "min" else "maximize"
+    direction: Literal["minimize", "maximize"] = "minimize" if mode == "min" else "maximize"
     study = optuna.create_study(direction=direction, sampler=sampler)
     distributions = {path: distribution(values) for path, values in space.items()}
     for one in past:

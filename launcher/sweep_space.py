@@ -35,7 +35,8 @@ def expand(sweep: Sweep) -> list[dict[str, Any]]:
     assert sweep.trials is not None
     if size is not None and sweep.trials > size and sweep.method == "random":
         raise ConfigError([f"sweep.trials: the space holds {size} different trials, and {sweep.trials} are wanted"])
-    found, seen = [], set()
+    found: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for number in range(sweep.trials):
         for again in itertools.count():  # a finite space repeats itself; what was drawn before is drawn anew
             point = {path: draw(values, sweep.seed, number, again, path) for path, values in sweep.space.items()}

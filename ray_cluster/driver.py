@@ -75,7 +75,7 @@ def fit(folder: RunFolder, plan: Plan) -> str | None:
             resources_per_worker=scheduler.resources_of(plan),
             elastic_resize_monitor_interval_s=RESIZE_LOOK_S,
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[arg-type]  # v2's own, where the stub names v1's
             name=f"{folder.root.name}-{os.urandom(4).hex()}",  # the same name again would resume Ray's own state
             storage_path=str(folder.root / "ray"),
             failure_config=FailureConfig(max_failures=-1),

@@ -22,7 +22,7 @@ class TrialQueue(Searcher):
         self.sweep, self.left, self.search = sweep, list(numbers), facts["method"] == "optuna"
         self.begun: dict[str, int] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> Any:
         while self.left and not self.sweep.stop.exists():
             number = self.left.pop(0)
             if not self.search or sweep_search.decide(self.sweep, number):

@@ -34,7 +34,8 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
     if run.data.eval is None or not len(run.data.eval):
         raise UserError(f"{run.folder.root} held no rows out (data.eval), so there is nothing to compare on.")
     asked = harness.find(tasks) if tasks else None
-    judge, found = asker(run, run.data.eval, metrics, generations), []
+    judge = asker(run, run.data.eval, metrics, generations)
+    found: list[Any] = []
     more: dict[str, Any] = {}
     score = run.plan.config.objective.name == "reward"  # a score model writes nothing
     prompts = [] if score else judge.held_out.prompts(judge.settings.generations)

@@ -95,6 +95,7 @@ def _write(folder: Path, output: Path, kind: str) -> None:
         values = interleaved(name, values, config) if architecture == "llama" else values
         stored = wanted if values.ndim > 1 and values.shape[-1] % 32 == 0 else gguf.GGMLQuantizationType.F32
         target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert target is not None  # the architectures let through have a name for each
         writer.add_tensor(target, gguf.quants.quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

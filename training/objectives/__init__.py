@@ -12,6 +12,8 @@ micro-batches of the global batch: so the gradient does not depend on how the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ...launcher.schema import Objective as Settings
 from .base import Objective, Outcome
 from .kto import Kto
@@ -24,7 +26,7 @@ __all__ = ["Objective", "Outcome", "make"]
 
 def make(settings: Settings) -> Objective:
     """The objective that a configuration names."""
-    kinds: dict[str, type[Language] | type[Kto] | type[Reward] | type[Pairs]] = {
+    kinds: dict[str, Callable[[Settings], Objective]] = {
         "sft": Language, "pretrain": Language, "kto": Kto, "reward": Reward,
     }  # fmt: skip
     return kinds.get(settings.name, Pairs)(settings)

@@ -25,7 +25,7 @@ class Kto:
         self.weights = (settings.desirable_weight, settings.undesirable_weight)
         self.reference: Any = None
         self.estimates = True
-        self.columns = ("accuracy",)  # a margin is between two sides, and these rows have one
+        self.columns: tuple[str, ...] = ("accuracy",)  # a margin is between two sides, and these rows have one
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None

@@ -31,7 +31,7 @@ class Pairs:
         self.sft_weight = settings.sft_weight_value
         self.reference: Any = None
         self.estimates = False
-        self.columns = PAIR_COLUMNS
+        self.columns: tuple[str, ...] = PAIR_COLUMNS
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None

@@ -25,7 +25,7 @@ class Reward:
         self.center = settings.center
         self.reference: Any = None
         self.estimates = False
-        self.columns = PAIR_COLUMNS
+        self.columns: tuple[str, ...] = PAIR_COLUMNS
 
     def collate(
         self, units: Units, rows: Sequence[Sequence[int]], *, packing: bool, pad_id: int, width: int | None
