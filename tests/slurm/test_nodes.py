@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import stat
 import subprocess
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from .test_classify import NOT_LAUNCHED
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
+HERE_PYTHON = shlex.quote(sys.executable)
 OWN_FILES = """unshare --mount --propagation private bash -c 'mount -t tmpfs tmpfs "$0" && mkdir -p "$1" && shift && exec "$@"'"""
 
 
@@ -38,7 +40,7 @@ def faulty_python(tmp_path: Path) -> Callable[[dict[str, str]], str]:
         file = tmp_path / "bin" / "python"
         file.parent.mkdir(exist_ok=True)
         file.write_text(
-            f'#!/bin/bash\ncase $SLURMD_NODENAME in\n{cases}esac\nexec {sys.executable} "$@"\n', encoding="utf-8"
+            f'#!/bin/bash\ncase $SLURMD_NODENAME in\n{cases}esac\nexec {HERE_PYTHON} "$@"\n', encoding="utf-8"
         )
         file.chmod(file.stat().st_mode | stat.S_IXUSR)
         return str(file)
@@ -77,7 +79,7 @@ def test_the_doctor_names_each_faulty_node(
         {
             "n2": f"export PYTHONPATH={tmp_path}/old:$PYTHONPATH",
             "n3": f"export PYTHONPATH={tmp_path}/late:$PYTHONPATH",
-            "n4": f'exec {OWN_FILES} {own} "${{@: -1}}" {sys.executable} "$@"',
+            "n4": f'exec {OWN_FILES} {own} "${{@: -1}}" {HERE_PYTHON} "$@"',
         }
     )
     monkeypatch.chdir(own)
@@ -133,7 +135,7 @@ def test_a_node_that_cannot_read_the_model_is_left_out(
     tmp_path: Path,
 ) -> None:
     """Before a model is loaded: n2 sees an empty folder in its place. The job goes back to the queue without n2 and ends elsewhere."""
-    python = faulty_python({"n2": f'exec {OWN_FILES} "{tiny_model}" "{tiny_model}" {sys.executable} "$@"'})
+    python = faulty_python({"n2": f'exec {OWN_FILES} "{tiny_model}" "{tiny_model}" {HERE_PYTHON} "$@"'})
     few = {"optimization.max_steps": 2, "evaluation.generations": 0}
     cluster = cluster_file(nodes=2, python=python, nodelist=[])
     run = submit(tiny_config(few, output=str(tmp_path / "run"), cluster={"name": cluster, "processes": 1}), cluster)
