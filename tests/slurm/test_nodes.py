@@ -6,10 +6,10 @@ over a folder that the others share.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import stat
 import subprocess
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
