@@ -98,8 +98,8 @@ def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
     shows the table: the trial that runs saves, and places and nodes are given back."""
     pytest.importorskip("optuna", reason="searches need optuna: pip install 'trebuchet[sweep]'")
     changes = {
-        "optimization.max_steps": 6, "optimization.warmup": 0, "optimization.global_batch_size": 4, "evaluation.every": 3,
-        "evaluation.generations": 0, "checkpointing.every": 3, "tracking": [],
+        "optimization.max_steps": 300, "optimization.warmup": 0, "optimization.global_batch_size": 4, "evaluation.every": 150,
+        "evaluation.generations": 0, "checkpointing.every": 150, "tracking": [],
     }  # fmt: skip
     config = tiny_config(changes, output=str(tmp_path / "sweep"))
     config["sweep"] = {

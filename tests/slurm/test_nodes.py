@@ -7,7 +7,6 @@ over a folder that the others share.
 from __future__ import annotations
 
 import shlex
-import signal
 import stat
 import subprocess
 import sys
@@ -100,15 +99,11 @@ def test_the_doctor_names_nodes_whose_ranks_never_come(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The daemon of n2 is stopped and answers nobody; on n3 the program hangs before its first line. Both are named, the others not."""
+    """On n2 and n3 the program hangs before its first line. Both are named, the others not."""
     monkeypatch.chdir(tmp_path)
-    python = faulty_python({"n3": "exec sleep 600"})
+    python = faulty_python({"n2": "exec sleep 600", "n3": "exec sleep 600"})
     cluster = cluster_file(nodes=4, python=python, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
-    slurm.processes["n2"].send_signal(signal.SIGSTOP)
-    try:
-        assert cli.main(["doctor", "--cluster", cluster]) == 1
-    finally:
-        slurm.processes["n2"].send_signal(signal.SIGCONT)
+    assert cli.main(["doctor", "--cluster", cluster]) == 1
     shown = capsys.readouterr().out
     faults = [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
     assert [fault.partition(":")[0] for fault in faults] == ["n2", "n3"], shown
