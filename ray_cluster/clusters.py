@@ -35,6 +35,11 @@ def up(cluster: Cluster, say: Say = print) -> dict[str, Any]:
     settings = of_ray(cluster)
     if settings.provider == "existing":
         raise ClusterError(f"{cluster.name} is kept by others (ray.provider: existing); there is nothing to start.")
+    if any(letter.isspace() for letter in sys.executable):  # Ray 2.60 puts paths into shell lines as they are
+        raise ClusterError(
+            f"Ray does not start from a folder with a space in its name, and this Python is {sys.executable}. Install into "
+            "a virtual environment whose path has none."
+        )
     folder = cluster_folder(cluster.name)
     if folder.exists:
         if alive(folder):

@@ -183,3 +183,12 @@ def test_a_trial_of_a_lost_node_is_started_again_until_it_was_in_vain_too_often(
     assert one_node.again(folder, {"exit_code": 1, "error": None}, 3)
     record.write_atomically(folder.outcome, "{}")
     assert not one_node.again(folder, {"exit_code": 1, "error": "ValueError: shape", "node": None}, 9)
+
+
+def test_a_python_in_a_folder_with_a_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own programs break on it one by one; nothing is started and nothing written."""
+    monkeypatch.setenv("TREBUCHET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("sys.executable", "/opt/my tools/bin/python")
+    with pytest.raises(ClusterError, match="a space in its name, and this Python is /opt/my tools/bin/python"):
+        clusters.up(load_cluster("ray-local"))
+    assert not (tmp_path / "cache").exists()
