@@ -1,4 +1,4 @@
-"""The cluster files that are shipped, started as they are."""
+"""The cluster files that are shipped, started as they are; a head that is lost with a run on it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 
 import psutil
 import pytest
-from trebuchet.launcher import cli
+from trebuchet.launcher import api, cli, record
 from trebuchet.launcher.errors import SchedulerRefused
+from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.ray_cluster import clusters, rest
 from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
+
+from .test_runs import LONG, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 Config = Callable[..., dict[str, Any]]
@@ -76,3 +79,34 @@ def test_the_autoscaling_file_starts_as_it_is_beside_another_and_leaves_nothing(
     assert cli.main(["cluster", "down", shipped]) == 0
     assert not [p for p in before if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] and not folder.root.exists()
     assert rest.of_cluster(other).nodes()  # the other one is as it was
+
+
+def test_a_run_outlives_its_head(
+    ray_local: str, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every process of the head is killed as a run trains. Its node notices and ends, the record says what happened and how to go on,
+    and on the next head the run goes on from its checkpoint."""
+    folder = cluster_folder(ray_local)
+    run = RunFolder(api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=ray_local).folder)
+    wait_for(lambda: record.read(run)["step"] >= 12, 400, lambda: f"step 12: {record.read(run)}")
+    head = psutil.Process(json.loads((folder.root / "head.json").read_text())["pid"])
+    supervisor = psutil.Process(json.loads((folder.root / "supervisor.json").read_text())["pid"])
+    everything = processes(folder)
+    for process in [supervisor, head, *head.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert cli.main(["status", str(run.root)]) == 0
+    shown = capsys.readouterr().out
+    assert "NODE_FAIL" in shown and f"trebuchet resume {run.root}" in shown
+    psutil.wait_procs(everything, timeout=90)
+    assert not [p for p in everything if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    reached = record.read(run)["step"]
+    assert cli.main(["cluster", "up", ray_local]) == 0
+    assert cli.main(["resume", str(run.root)]) == 0
+    wait_for(lambda: record.read(run)["step"] > reached + 2, 400, lambda: f"more steps: {record.read(run)}")
+    attempts = record.read(run)["attempts"]
+    assert attempts[0]["state"] == "NODE_FAIL" and attempts[-1]["first_step"] >= 10 - 5
+    api.cancel(str(run.root))
+    wait_for(lambda: api.current_state(run).ended, 100, lambda: f"the end: {record.read(run)}")
+    assert record.read(run)["state"] == "CANCELLED"

@@ -1,18 +1,26 @@
-"""Files of Ray's own launcher: known as such, resized in a copy."""
+"""Files of Ray's own launcher: known as such, resized in a copy, and one started, resized and ended by Ray's own commands."""
 
 from __future__ import annotations
 
 import copy
+import json
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from trebuchet.launcher import cli
 from trebuchet.launcher.cluster import CONFIGS
 from trebuchet.launcher.errors import ClusterError
 from trebuchet.ray_cluster import launcher_file
+from trebuchet.ray_cluster.head import free_ports
+
+from .test_runs import wait_for
 
 
 def a_file(**changes: Any) -> dict[str, Any]:
@@ -54,3 +62,87 @@ def test_a_number_of_several_kinds_is_refused() -> None:
     tree["available_node_types"]["other"] = {"resources": {}, "node_config": {}}
     with pytest.raises(ClusterError, match=r"2 kinds of workers \(worker, other\)"):
         launcher_file.resized(tree, 1, at_most=False)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_up_resize_and_down_by_ray_s_own_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its machines are folders of this one (here_provider.py): only SSH is replaced."""
+    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
+    gcs, client, dashboard = free_ports(3)
+    with tempfile.TemporaryDirectory(prefix="tr-") as scratch:  # short: it holds sockets
+        machines = Path(scratch) / "m"
+        machines.mkdir()
+        (tmp_path / "token").write_text("0" * 64)
+        (tmp_path / "token").chmod(0o600)
+        environment = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+            "AUTOSCALER_UPDATE_INTERVAL_S": "2",
+        }
+        environment |= {"PYTHONPATH": str(Path(__file__).parent)}
+        ray = f"{sys.executable} -m ray.scripts.scripts start --object-store-memory=100000000 --disable-usage-stats"
+        number = f'--resources="{{\\"NODE_ID_AS_RESOURCE\\": $HERE_MACHINE}}" --temp-dir={scratch}/r$HERE_MACHINE'
+        provider = {
+            "type": "external",
+            "module": "here_provider.Here",
+            "folder": str(machines),
+            "environment": environment,
+        }
+        tree = a_file(
+            provider=provider | {"use_node_id_as_ip": True},
+            auth={},
+            head_start_ray_commands=[
+                f"{ray} --head --port={gcs} --ray-client-server-port={client} --num-cpus=0 {number} --include-dashboard=false "
+                f"--dashboard-port={dashboard} --node-ip-address=127.0.0.1 --autoscaling-config=~/ray_bootstrap_config.yaml"
+            ],
+            # What Ray fills in for a cloud and asks of an external provider's file.
+            **{
+                key: []
+                for key in ("setup_commands", "head_setup_commands", "worker_setup_commands", "initialization_commands")
+            },
+            **{key: [] for key in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+            file_mounts={},
+            file_mounts_sync_continuously=False,
+            docker={},
+            upscaling_speed=1.0,
+            idle_timeout_minutes=5,
+            worker_start_ray_commands=[f"{ray} --address=127.0.0.1:{gcs} --num-cpus=1 {number}"],
+        )
+        (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(tree))
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        file = str(tmp_path / "theirs.yaml")
+
+        def status() -> dict[str, Any]:
+            capsys.readouterr()
+            assert cli.main(["cluster", "status", file, "--json"]) == 0
+            found: dict[str, Any] = json.loads(capsys.readouterr().out)
+            return found
+
+        def logs() -> str:
+            return "\n".join(path.read_text()[-2000:] for path in machines.glob("*/log"))
+
+        try:
+            assert cli.main(["cluster", "up", file]) == 0, logs()
+            assert status()["up"] and status()["nodes"] == []
+            assert cli.main(["cluster", "resize", file, "1"]) == 0
+            wait_for(lambda: len(status()["nodes"]) == 1, 120, logs)
+            wait_for(lambda: any("raylet" in p for p in running(machines / "2")), 120, logs)
+        finally:
+            assert cli.main(["cluster", "down", file]) == 0, logs()
+        assert not status()["up"]
+        assert not running(machines / "1") and not running(machines / "2")
+
+
+def running(machine: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HOME") == str(machine) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.name())
+        except psutil.Error:
+            continue
+    return found
