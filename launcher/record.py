@@ -47,7 +47,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except BaseException:
+    except BaseException:  # Ctrl+C too: nothing is left beside, and it goes on its way
         Path(name).unlink(missing_ok=True)
         raise
 

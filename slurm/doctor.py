@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from ..launcher.errors import JobFailed
-from ..launcher.job import JobSpec
+from ..launcher.job import JobSpec, JobState
 from ..launcher.run_folder import SCHEDULER_LOG
 from . import classify, sbatch, states
 from .site import build_site
 
 POLL_S, LONGEST_S = 0.2, 30.0
+PATIENCE_S = 10.0  # in the queue, before a word is said about it
 
 
 def examine(name: str, settings: dict[str, Any], nodes: int, tasks: int, gpus: int) -> dict[str, Any]:
@@ -60,6 +61,7 @@ def wait(job: str, folder: Path) -> dict[str, Any] | None:
     """The report, as soon as it is there, or what srun says when it could not start the ranks of a node; None when the job ends
     without either. Looks at the files often, and asks Slurm ever more rarely."""
     ask_at, delay, ended = 0.0, 0.5, False
+    quiet_until = time.monotonic() + PATIENCE_S
     while True:
         report = folder / "report.json"
         if report.exists():
@@ -73,6 +75,11 @@ def wait(job: str, folder: Path) -> dict[str, Any] | None:
         if time.monotonic() >= ask_at:
             state = states.states([job]).get(job)
             ended = state is None or state.ended  # and the files are looked at once more
+            if state == JobState.PENDING and time.monotonic() > quiet_until:
+                quiet_until = float("inf")
+                print(
+                    f"job {job} waits in the queue for these nodes (squeue -j {job}); Ctrl+C gives up", file=sys.stderr
+                )
             ask_at, delay = time.monotonic() + delay, min(delay * 1.5, LONGEST_S)
         if not ended:
             time.sleep(POLL_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,8 @@ def write_cluster(path: Path, **ray: Any) -> Cluster:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def ray_cluster(ray_starts: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The file of a cluster that is up, with no nodes yet and at most three."""
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
-    if " " in sys.executable:
-        pytest.skip("Ray does not start from a folder with a space in its name")
     path = tmp_path_factory.mktemp("ray") / f"test-{os.getpid()}.yaml"
     cluster = write_cluster(path, workers=[1, 3])
     clusters.up(cluster, lambda line: None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,17 @@ Config = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(params=["ray-autoscaling"])
-def shipped(request: pytest.FixtureRequest) -> Iterator[str]:
+def shipped(ray_starts: None, request: pytest.FixtureRequest) -> Iterator[str]:
     yield from started(request.param)
 
 
 @pytest.fixture
-def ray_local() -> Iterator[str]:
+def ray_local(ray_starts: None) -> Iterator[str]:
     yield from started("ray-local")
 
 
 def started(name: str) -> Iterator[str]:
     """By its name alone, so the file in cluster_configs/ as it is."""
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
-    if " " in sys.executable:
-        pytest.skip("Ray does not start from a folder with a space in its name")
     assert cli.main(["cluster", "up", name]) == 0
     try:
         yield name

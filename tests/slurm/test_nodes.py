@@ -7,6 +7,7 @@ over a folder that the others share.
 from __future__ import annotations
 
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from trebuchet.launcher import cli, record
 from trebuchet.launcher.doctor import of_allocation, render
-from trebuchet.slurm import doctor
+from trebuchet.slurm import doctor, states
 
 from .cluster import SlurmCluster, wait_for
 from .conftest import HERE
@@ -56,14 +57,31 @@ def can_mount() -> None:
         pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
 
 
+@pytest.fixture
+def faults_of(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., list[str]]:
+    """What the doctor finds wrong with four nodes. They are idle before: one that still ends a job would keep its own waiting."""
+
+    def ask(python: str, **settings: Any) -> list[str]:
+        wait_for(
+            lambda: slurm.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60, "idle nodes"
+        )
+        capsys.readouterr()
+        assert cli.main(["doctor", "--cluster", cluster_file(nodes=4, python=python, **settings)]) == 1
+        shown = capsys.readouterr().out
+        assert "not fit to train" in shown
+        return [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
+
+    return ask
+
+
 def test_the_doctor_names_each_faulty_node(
-    slurm: SlurmCluster,
     can_mount: None,
-    cluster_file: Callable[..., str],
+    faults_of: Callable[..., list[str]],
     faulty_python: Callable[[dict[str, str]], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """n2 has another peft, n3 a wrong clock, n4 a run folder of its own; all of it is said at once, and of nobody else."""
     old = tmp_path / "old" / "peft-0.0.1.dist-info"
@@ -82,33 +100,64 @@ def test_the_doctor_names_each_faulty_node(
         }
     )
     monkeypatch.chdir(own)
-    assert cli.main(["doctor", "--cluster", cluster_file(nodes=4, python=python)]) == 1
-    shown = capsys.readouterr().out
-    faults = [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
-    assert len(faults) == 3, shown
+    faults = faults_of(python)
+    assert len(faults) == 3, faults
     assert any(line.startswith("n2: peft 0.0.1, and ") for line in faults)
     assert any(line.startswith("n3 (rank 2): its clock is +") for line in faults)
     assert any(line.startswith("n4: the run folder: this node does not see") for line in faults)
 
 
 def test_the_doctor_names_nodes_whose_ranks_never_come(
-    slurm: SlurmCluster,
-    cluster_file: Callable[..., str],
+    faults_of: Callable[..., list[str]],
     faulty_python: Callable[[dict[str, str]], str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On n2 and n3 the program hangs before its first line. Both are named, the others not."""
     monkeypatch.chdir(tmp_path)
     python = faulty_python({"n2": "exec sleep 600", "n3": "exec sleep 600"})
-    cluster = cluster_file(nodes=4, python=python, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
-    assert cli.main(["doctor", "--cluster", cluster]) == 1
-    shown = capsys.readouterr().out
-    faults = [line.split(None, 2)[2] for line in shown.splitlines() if line.startswith("FAIL")]
-    assert [fault.partition(":")[0] for fault in faults] == ["n2", "n3"], shown
-    assert all("did not come within 12 s" in fault for fault in faults) and "not fit to train" in shown
+    faults = faults_of(python, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
+    assert [fault.partition(":")[0] for fault in faults] == ["n2", "n3"], faults
+    assert all("did not come within 12 s" in fault for fault in faults)
+
+
+def test_the_doctor_names_a_node_whose_daemon_answers_nobody(
+    slurm: SlurmCluster, faults_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon of n2 stops between the allocation and the start of its rank: srun's words or the roll call, whichever is first."""
+    monkeypatch.chdir(tmp_path)
+    begun = states.call
+
+    def call(*words: str, **options: Any) -> str:
+        said = begun(*words, **options)
+        if words[0] == "sbatch":
+            slurm.processes["n2"].send_signal(signal.SIGSTOP)
+        return said
+
+    monkeypatch.setattr(states, "call", call)
+    try:
+        faults = faults_of(sys.executable, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
+    finally:
+        slurm.processes["n2"].send_signal(signal.SIGCONT)
+    assert [fault.partition(":")[0] for fault in faults] == ["n2"], faults
     wait_for(lambda: slurm.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60, "idle nodes")
+
+
+def test_waiting_in_the_queue_is_said(
+    slurm: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is held, and cancelled once the word was said: no report, and no wait without an end."""
+    monkeypatch.setattr(doctor, "PATIENCE_S", 0.0)
+    job = slurm.ask("sbatch", "--parsable", "--hold", "-p", "low", "--wrap", "true").strip()
+    waiting = states.states
+
+    def cancelled_when_said(jobs: list[str]) -> Any:
+        if "Ctrl+C gives up" in capsys.readouterr().err:
+            slurm.ask("scancel", job)
+        return waiting(jobs)
+
+    monkeypatch.setattr(states, "states", cancelled_when_said)
+    assert doctor.wait(job, tmp_path) is None
 
 
 def test_what_srun_says_of_a_node_that_does_not_answer(tmp_path: Path) -> None:

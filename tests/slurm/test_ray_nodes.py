@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,10 +58,7 @@ def test_a_container_is_refused() -> None:
 
 
 @pytest.fixture
-def ray_on_slurm(slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
-    if " " in sys.executable:
-        pytest.skip("Ray does not start from a folder with a space in its name")
+def ray_on_slurm(ray_starts: None, slurm: SlurmCluster, tmp_path: Path) -> Iterator[Cluster]:
     tree = {
         "scheduler": "ray",
         "groups": [{"nodes": 3, "host_memory_gib": 16, "cores": 1}],
@@ -114,12 +110,9 @@ def test_nodes_come_are_replaced_and_go(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(slurm: SlurmCluster) -> None:
+def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(ray_starts: None, slurm: SlurmCluster) -> None:
     """In the partition that it names. The head's job is killed with its script, as by a node that fails: a node's job ends itself."""
     name = "ray-on-slurm"
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
-    if " " in sys.executable:
-        pytest.skip("Ray does not start from a folder with a space in its name")
     clusters.up(load_cluster(name), lambda line: None)
     folder = cluster_folder(name)
     try:

@@ -187,7 +187,7 @@ def rank_main(group: dict[str, Any], job: dict[str, Any], rank: int, port: int) 
             began = time.perf_counter()
             found[name] = run_cell(name, cell, job, accelerator)
             found[name]["seconds"] = round(time.perf_counter() - began, 2)  # for whoever looks for what a test costs
-        except Exception:
+        except Exception:  # shown, and the run fails: see below
             print(f"rank {rank} of {world}, cell {name}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
             os._exit(1)  # the other ranks wait in a collective
     Path(job["out"], f"{group.get('name', world)}-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
