@@ -79,8 +79,8 @@ class Shell(CommandRunnerInterface):
         if cmd and cmd.strip().endswith("ray stop"):
             end(self.machine)
             return ""
-        more = {name: str(value) for name, value in (environment_variables or {}).items()}
-        environment = {**os.environ, **self.environment, "HOME": str(self.machine), MARK: self.machine.name, **more}
+        told = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (environment_variables or {}).items()}
+        environment = {**os.environ, **self.environment, "HOME": str(self.machine), MARK: self.machine.name, **told}
         with (self.machine / "log").open("ab") as log:
             out = subprocess.PIPE if with_output else log
             done = subprocess.run(

@@ -67,10 +67,9 @@ def test_a_number_of_several_kinds_is_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_up_resize_and_down_by_ray_s_own_commands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ray_starts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its machines are folders of this one (here_provider.py): only SSH is replaced."""
-    pytest.importorskip("ray", reason="the Ray tests need ray: pip install 'trebuchet[ray]'")
     gcs, client, dashboard = free_ports(3)
     with tempfile.TemporaryDirectory(prefix="tr-") as scratch:  # short: it holds sockets
         machines = Path(scratch) / "m"
