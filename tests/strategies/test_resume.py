@@ -14,7 +14,7 @@ OTHER_ORDER = 1e-5
 SAME = {
     "fsdp2 full": {"strategy": {"method": "full", "parallel": "fsdp2"}},
     "fsdp2 qlora": {"strategy": {"method": "qlora", "parallel": "fsdp2", "lora": {"r": 4, "dropout": 0.2}}},
-    "fsdp2 8-bit": {"strategy": {"method": "lora", "parallel": "fsdp2"}, "top": {"optimization": {"optimizer": "adamw-8bit"}}},
+    "fsdp2 8-bit": {"strategy": {"method": "full", "parallel": "fsdp2"}, "top": {"optimization": {"optimizer": "adamw-8bit"}}},
     "ddp lora": {"strategy": {"method": "lora", "parallel": "ddp", "lora": {"r": 4, "dropout": 0.2}}},
 }  # fmt: skip
 WORLDS = [(4, "fsdp2"), (2, "fsdp2"), (1, "none"), (3, "fsdp2"), (2, "ddp"), (1, "fsdp2")]
@@ -26,14 +26,23 @@ def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str,
     for name, cell in SAME.items():
         two[name] = {**cell, "steps": [0, 6], "save": [3], "background": name != "ddp lora"}
         two[f"{name} resumed"] = {**cell, "from": name, "steps": [3, 6]}
+    eight_bit, saved = SAME["fsdp2 8-bit"], {"steps": [0, 1], "save": [1]}
+    ddp = {**eight_bit, "strategy": {"method": "full", "parallel": "ddp"}}
+    two["8-bit whole"] = {**ddp, **saved}
+    two["8-bit whole, shards"] = {**eight_bit, "from": "8-bit whole", "refused": True}
+    two["8-bit shards, whole"] = {**ddp, "from": "fsdp2 8-bit", "refused": True}
     groups: list[dict[str, Any]] = [{"world": 2, "name": "two", "cells": two}]
-    for method in ("full", "qlora"):
-        whole = {"strategy": {"method": method, "parallel": "fsdp2"}, "top": {"optimization": {"max_steps": 12}}}
-        groups.append({"world": 4, "name": method, "cells": {f"{method} undisturbed": {**whole, "steps": [0, 12]}}})
-        for i, (world, parallel) in enumerate(WORLDS):
+    other = {**eight_bit, "from": "fsdp2 8-bit", "refused": True}
+    groups.append({"world": 1, "name": "one", "cells": {"8-bit other ranks": other}})
+    whole = {"steps": [0, 12], "top": {"optimization": {"max_steps": 12}}}
+    undisturbed = {m: {**whole, "strategy": {"method": m, "parallel": "fsdp2"}} for m in ("full", "qlora")}
+    groups.append({"world": 4, "name": "whole", "cells": {f"{m} undisturbed": cell for m, cell in undisturbed.items()}})
+    for i, (world, parallel) in enumerate(WORLDS):
+        cells = {}
+        for method in ("full", "qlora"):
             part = {**whole, "strategy": {"method": method, "parallel": parallel}, "from": f"{method} moved"}
-            part |= {"steps": [2 * i, 2 * i + 2], "save": [2 * i + 2]}
-            groups.append({"world": world, "name": f"{method}{i}", "cells": {f"{method} {i}": part}})
+            cells[f"{method} {i}"] = {**part, "steps": [2 * i, 2 * i + 2], "save": [2 * i + 2]}
+        groups.append({"world": world, "name": f"part{i}", "cells": cells})
     return run_cells(tmp_path_factory.mktemp("resume"), groups)
 
 
@@ -43,7 +52,21 @@ def test_the_same_ranks_go_on_to_the_bit(found: dict[str, list[dict[str, Any]]],
     for whole, resumed in zip(found[name], found[f"{name} resumed"], strict=True):
         for key in ("losses", "norms", "tokens"):
             assert resumed[key] == whole[key][3:], key
+        assert resumed["frozen_bytes"] == whole["frozen_bytes"] and bool(whole["frozen_bytes"]) == ("qlora" in name)
         assert len(set(whole["losses"])) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("8-bit whole, shards", "8-bit optimizer states of whole parameters, which this layout cannot cut or join"),
+        ("8-bit shards, whole", "8-bit optimizer states of shards, which this layout cannot cut or join"),
+        ("8-bit other ranks", "8-bit optimizer states of 2 ranks, whose blocks cannot be cut for another number"),
+    ],
+)
+def test_8_bit_states_are_refused_elsewhere(found: dict[str, list[dict[str, Any]]], name: str, words: str) -> None:
+    for rank in found[name]:
+        assert words in rank["error"] and "resume with" in rank["error"]
 
 
 @pytest.mark.parametrize("method", ["full", "qlora"])
@@ -53,6 +76,8 @@ def test_other_ranks_and_layouts_go_on_to_rounding(found: dict[str, list[dict[st
     for i, (world, parallel) in enumerate(WORLDS):
         part = found[f"{method} {i}"]
         assert len(part) == world and (part[0]["kinds"] == ["DTensor"]) == (parallel == "fsdp2")
+        if parallel == "fsdp2":  # the 4-bit base is read anew on each number of ranks, and is the same
+            assert part[0]["frozen_bytes"] == whole["frozen_bytes"]
         assert part[0]["tokens"] == whole["tokens"][2 * i : 2 * i + 2]
         assert part[0]["losses"] == pytest.approx(whole["losses"][2 * i : 2 * i + 2], rel=OTHER_ORDER), (
             world,
