@@ -1,12 +1,14 @@
 """Times on a real Slurm of this machine (tests/slurm/cluster.py): what our script costs, 1,000 trials, and preemptions.
 
-    python benchmarks/slurm.py [overhead] [trials] [preemptions=N] [--json FILE]
+    python benchmarks/slurm.py [overhead] [trials] [preemptions=N] [kills=N] [--json FILE]
 
 overhead      sbatch to the first line of Python in the rank, and to the job's end: our script against one written by hand;
               and from handing in a run to its first training step
 trials        1,000 trials as our sweep, 1,000 calls by submitit's map_array, 1,000 sbatch calls: seconds, and RPCs at the controller
               (sdiag); planning and writing the sweep's folders is counted by itself
-preemptions   steps and seconds lost, and the time to the next attempt's first step; N with a warning and N without (default 20)
+preemptions   steps and seconds lost, and the time to the next attempt's first step; N with grace time and N without (default 20);
+              without, a run still has what Slurm leaves between SIGTERM and SIGKILL (KillWait: 5 s here, 30 s unless a site says so)
+kills         the same for a rank killed with -9 at a random step, N times (default 20): no warning of any kind
 
 Needs root and slurm-wlm and munge (installed by apt when absent). Left out: queueing, which is the site's.
 """
@@ -17,7 +19,9 @@ import itertools
 import json
 import math
 import os
+import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from slurm_here import cluster_file, preempt, slurm_here, wait_for_step
 from trebuchet.launcher import api, record
 from trebuchet.launcher.run_folder import RunFolder
@@ -140,8 +145,7 @@ def preemptions(cluster: Any, work: Path, count: int) -> dict[str, Any]:
     """Two endless runs of a tiny model on one rank each, one in a partition with grace time, one without; each preemption takes both.
 
     `seconds_to_first_step`: from handing in the job that preempts to the next attempt's first step seen in the record. Slurm's own
-    wait before a requeued job may start (AuthInfo=cred_expire, 5 s here and 120 s unless a site says otherwise) is in it;
-    `requeued_to_first_step_s` is without: from the next attempt's begin, which the record has to the second.
+    wait before a requeued job may start (AuthInfo=cred_expire, 5 s here and 120 s unless a site says otherwise) is in it.
     """
     from trebuchet.slurm import scheduler
 
@@ -156,26 +160,52 @@ def preemptions(cluster: Any, work: Path, count: int) -> dict[str, Any]:
         for name, (folder, _) in runs.items():
             waits[name].append(wait_for_step(folder, attempt + 1, 1) - taken)
     cluster.ask("scancel", "--user=root")
-    found = {}
-    for name, (folder, _) in runs.items():
-        pairs = list(itertools.pairwise(record.read(folder)["attempts"]))
-        lost = [a["last_step"] - b["first_step"] for a, b in pairs]
-        rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
-        step_s = statistics.median(row["step_s"] for row in rows if "step_s" in row)
-        found[f"{name} warning"] = {
-            "preemptions": count,
-            "kinds": dict(Counter(a["kind"] for a, _ in pairs)),
-            "steps_lost": lost,
-            "median_step_s": step_s,
-            "seconds_of_steps_lost": sum(lost) * step_s / count,
-            "seconds_to_first_step": statistics.median(waits[name]),
-            "seconds_to_first_step_largest": max(waits[name]),
-        }
-    return found
+    return {f"{name} grace time": lost(folder, waits[name]) for name, (folder, _) in runs.items()}
 
 
-def begin(output: Path, partition: str = "low") -> tuple[RunFolder, Any]:
-    return api.begin(configuration(output, partition))
+def kills(cluster: Any, work: Path, count: int) -> dict[str, Any]:
+    """One endless run on one rank, which is killed with -9 between 15 and 24 steps after the attempt began; a checkpoint every ten."""
+    from trebuchet.slurm import scheduler
+
+    folder, plan = begin(work / "killed", restarts=count)
+    scheduler.submit(folder, plan)
+    waits, draw = [], random.Random(0)
+    for attempt in range(1, count + 1):
+        wait_for_step(folder, attempt, draw.randrange(15, 25))
+        began = time.time()
+        os.kill(rank_of(folder), signal.SIGKILL)
+        waits.append(wait_for_step(folder, attempt + 1, 1) - began)
+    cluster.ask("scancel", "--user=root")
+    return lost(folder, waits)
+
+
+def rank_of(folder: RunFolder) -> int:
+    """The process that trains."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if words[1:3] == ["-m", "trebuchet.launcher.worker"] and str(folder.root) in words:
+            return int(process.pid)
+    sys.exit(f"no rank of {folder.root} runs")
+
+
+def lost(folder: RunFolder, waits: list[float]) -> dict[str, Any]:
+    """Steps done by an attempt that its successor had to do again, by the record, which counts each step as it is done."""
+    pairs = list(itertools.pairwise(record.read(folder)["attempts"]))
+    steps = [a["last_step"] - b["first_step"] for a, b in pairs]
+    rows = [json.loads(line) for line in folder.metrics.read_text(encoding="utf-8").splitlines()]
+    step_s = statistics.median(row["step_s"] for row in rows if "step_s" in row)
+    return {
+        "ends": dict(Counter(a["kind"] for a, _ in pairs)),
+        "steps_lost": steps,
+        "median_step_s": step_s,
+        "seconds_of_steps_lost": sum(steps) * step_s / len(steps),
+        "seconds_to_first_step": statistics.median(waits),
+        "seconds_to_first_step_largest": max(waits),
+    }
+
+
+def begin(output: Path, partition: str = "low", **slurm: Any) -> tuple[RunFolder, Any]:
+    return api.begin(configuration(output, partition, **slurm))
 
 
 def configuration(output: Path, partition: str, **slurm: Any) -> dict[str, Any]:
@@ -217,8 +247,18 @@ def tiny_model(folder: Path, shape: dict[str, int]) -> Path:
 
 
 def main(words: list[str]) -> None:
-    wanted = [w for w in words if not w.endswith(".json") and w != "--json"] or ["overhead", "trials", "preemptions=20"]
-    verbs: dict[str, Callable[..., Any]] = {"overhead": overhead, "trials": trials, "preemptions": preemptions}
+    wanted = [w for w in words if not w.endswith(".json") and w != "--json"] or [
+        "overhead",
+        "trials",
+        "preemptions=20",
+        "kills=20",
+    ]
+    verbs: dict[str, Callable[..., Any]] = {
+        "overhead": overhead,
+        "trials": trials,
+        "preemptions": preemptions,
+        "kills": kills,
+    }
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True).stdout.strip()
     found: dict[str, Any] = {"slurm": version}
     with slurm_here() as (cluster, folder):
