@@ -259,8 +259,9 @@ def configuration(work: Path, name: str, **changes: Any) -> dict[str, Any]:
         "data": {"train": str(train), "eval": str(held_out), "max_length": LENGTH, "packing": False},
         "strategy": {"method": "full"},
         "optimization": {"global_batch_size": BATCH, "micro_batch": BATCH, "max_steps": STEPS},
-        "evaluation": {"every": 1.0, "generations": 0},
-        "checkpointing": {"every": 1.0, "keep": 1},
+        # As the peer does: held-out loss before and after, the model written once.
+        "evaluation": {"every": STEPS, "generations": 0, "forgetting": 0},
+        "checkpointing": {"every": STEPS, "keep": 1},
         "tracking": [],
         "output": str(work / name),
     }

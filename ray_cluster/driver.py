@@ -21,7 +21,7 @@ from ..launcher import record, retry
 from ..launcher.job import JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
-from . import scheduler
+from . import lease, scheduler
 from .ranks import STOPPED, kind_of, rank
 
 RESIZE_LOOK_S = 2.0  # how often Ray Train looks whether an elastic run could be larger
@@ -82,7 +82,8 @@ def fit(folder: RunFolder, plan: Plan) -> str | None:
         ),
     )
     try:
-        trainer.fit()
+        with lease.held(f"train-{trainer.train_run_context.run_id}"):
+            trainer.fit()
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else 'no word'}"
     return None
