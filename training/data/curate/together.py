@@ -49,7 +49,9 @@ def blocks(maker: Maker, samples: of_samples.Samples, content: str, *, filtered:
     children = []
     try:
         for number in range(1, count):
-            child = subprocess.Popen([sys.executable, "-m", __name__, str(number)], stdin=subprocess.PIPE)
+            # Not by -m, which would load this module a second time, because its package imports it.
+            words = [sys.executable, "-c", f"from {__name__} import child; child()", str(number)]
+            child = subprocess.Popen(words, stdin=subprocess.PIPE)
             children.append(child)
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # one that ended already is seen below
@@ -68,7 +70,16 @@ def blocks(maker: Maker, samples: of_samples.Samples, content: str, *, filtered:
             child.wait()
 
 
-def _child(number: int, job: dict[str, Any]) -> None:
+def child() -> None:
+    """What the others run: argument 1 is which of them this is, standard input the job."""
+    number, job = int(sys.argv[1]), json.load(sys.stdin)
+    try:
+        _blocks_of(number, job)
+    except TrebuchetError:  # the process that started this one comes to the same row, and says so
+        sys.exit(REFUSED)
+
+
+def _blocks_of(number: int, job: dict[str, Any]) -> None:
     from ..tables import open_table
     from .rows import Maker
 
@@ -77,10 +88,3 @@ def _child(number: int, job: dict[str, Any]) -> None:
     samples = of_samples.Samples(open_table(source), source, kind=job["kind"], roles=tuple(job["roles"]))
     maker = Maker(Curate.model_validate(job["curate"]), skip_bad_rows=job["skip_bad_rows"], cache=Path(job["cache"]))
     maker.part(samples, job["content"], lambda block: block % job["count"] == number, filtered=job["filtered"])
-
-
-if __name__ == "__main__":
-    try:
-        _child(int(sys.argv[1]), json.load(sys.stdin))
-    except TrebuchetError:  # the process that started this one comes to the same row, and says so
-        sys.exit(REFUSED)
