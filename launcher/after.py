@@ -1,4 +1,5 @@
-"""The verbs about runs that exist: list, show, eval, merge, export, push, report, ui. Each does its work in this process.
+"""The verbs about runs that exist: list, show, merge, export, push, report, ui; eval is evaluating.py's. Each does its work in this
+process.
 
 Registered by `cli.py`; like there, each function imports what it needs when it is called.
 """
@@ -15,6 +16,8 @@ DTYPES = ("auto", "bf16", "fp16", "fp32")
 
 def add_verbs(verb: Any) -> None:
     """`verb(name, function, text, json=…)` makes a subparser."""
+    from .evaluating import add_eval
+
     listing = verb("list", _list, "the runs of a folder", json=True)
     listing.add_argument("folder", metavar="FOLDER", nargs="?", default="runs")
     listing.add_argument(
@@ -35,15 +38,7 @@ def add_verbs(verb: Any) -> None:
     merge.add_argument(
         "--allow-pickle", action="store_true", help="read an adapter_model.bin, with the weights-only loader"
     )
-    evaluate = verb("eval", _eval, "base against the finished model on the held-out rows, with a verdict", json=True)
-    evaluate.add_argument("run", metavar="RUN")
-    evaluate.add_argument(
-        "--metrics", default="", metavar="NAMES", help="exact_match,rouge,compiles,json or FILE.py:FUNCTION"
-    )
-    evaluate.add_argument(
-        "--generations", type=int, default=0, metavar="N", help="answers side by side; default: as in the run"
-    )
-    evaluate.add_argument("--harness", default="", metavar="TASKS", help="tasks of lm-evaluation-harness, by name")
+    add_eval(verb)
     export = verb("export", _export, "what a run made, for others: a folder, an adapter to serve, or a GGUF file")
     export.add_argument("run", metavar="RUN")
     export.add_argument("--format", choices=("hf", "adapter", "vllm", "gguf"), default="hf")
@@ -222,20 +217,4 @@ def _list(options: argparse.Namespace) -> int:
         print(costs(found, options.folder))
     else:
         print(listing(found, options.folder))
-    return 0
-
-
-def _eval(options: argparse.Namespace) -> int:
-    quiet()
-    from ..training.again import evaluate
-    from ..training.finished import open_finished
-    from .cli import print_json
-    from .run_text import comparison
-
-    names = [tuple(filter(None, text.split(","))) for text in (options.metrics, options.harness)]
-    figures = evaluate(open_finished(options.run), metrics=names[0], tasks=names[1], generations=options.generations)
-    if options.json:
-        print_json({key: value for key, value in figures.items() if key not in ("before", "after")})
-    else:
-        print("\n".join(comparison(figures)))
     return 0

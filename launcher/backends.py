@@ -16,10 +16,11 @@ and for the trials of a sweep (sweep.py) a module with these, found by `trials`:
     run_trials(sweep, numbers) -> str                starts those trials, the first time or again; the sentence that says so
     cancel_trials(sweep, folders) -> str             the same as cancel for all trials that wait or run
 
-and for work on data that is cut into parts a module with this one, found by `parts`:
+and for work that is cut into parts (data, evaluations) a module with this one, found by `parts`:
 
-    parts(function, count, cluster, folder, name) -> (handle, wait)    starts function(0), function(1), … on its nodes; wait() gives a
-                                                                       row for each: index, job, result, error
+    parts(function, count, cluster, folder, name, gpus) -> (handle, wait)    starts function(0), function(1), … on its nodes with so many
+                                                                             GPUs each; wait() gives a row for each: index, job, result,
+                                                                             error
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def parts(name: str) -> Any:
     """The module that starts parts of one piece of work. Raises SchedulerRefused for a scheduler that has none."""
     if name not in PARTS:
         raise SchedulerRefused(
-            f"parts of the data are not sent to the scheduler '{name}', but to: {', '.join(PARTS)}. On this machine one command uses all "
-            f"cores; elsewhere start `trebuchet data prepare CONFIG --shards N --shard I` for each part yourself."
+            f"parts of one piece of work are not sent to the scheduler '{name}', but to: {', '.join(PARTS)}. On this machine one command "
+            f"does all of it; elsewhere start `trebuchet data prepare CONFIG --shards N --shard I` for each part yourself."
         )
     module: ModuleType = importlib.import_module(PARTS[name])
     return module

@@ -174,7 +174,9 @@ def close(
     folder: RunFolder, otherwise: str, *, ended_by_user: bool = False, again: Again | None = None,
     out_of_memory: str | None = None,
 ) -> int:  # fmt: skip
-    """Closes the record by the outcome that the ranks left, or with the error `otherwise` when they left none; the exit code."""
+    """Closes the record by the outcome that the ranks left, or with the error `otherwise` when they left none; the exit code. `again`
+    is asked of failures and of ranks that saved and stopped; `asked`: the user wanted it."""
+    asked = ended_by_user or folder.stop.exists()
     folder.stop.unlink(missing_ok=True)
     outcome: dict[str, Any] = {"exit_code": 130 if ended_by_user else 1, "error": None if ended_by_user else otherwise}
     if folder.outcome.exists():
@@ -191,7 +193,8 @@ def close(
             return code
     else:
         state = JobState.FAILED
-    goes_on = state == JobState.FAILED and again is not None and again(outcome)
+    may = state == JobState.FAILED or outcome["exit_code"] == STOPPED
+    goes_on = may and again is not None and again({**outcome, "asked": asked})
     record.end_attempt(folder, state, code, error, goes_on=goes_on)
     return code
 
@@ -254,8 +257,7 @@ def submit(folder: RunFolder, plan: Plan) -> JobHandle:
 
 
 def cancel(folder: RunFolder) -> str:
-    """The ranks look for the file after every step."""
-    folder.stop.touch()
+    folder.stop.touch()  # the ranks look for it after every step
     return "will save a checkpoint at the end of this step and stop"
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from .errors import RunError
 from .job_state import JobState
-from .run_folder import RunFolder
+from .run_folder import RunFolder, open_run
 
 PACKAGES = (
     "trebuchet",
@@ -57,6 +57,14 @@ def read(folder: RunFolder) -> dict[str, Any]:
         return json.loads(folder.record.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"{folder.record} cannot be read: {error}") from None
+
+
+def with_model(run: str) -> RunFolder:
+    """A run by folder or name. Raises RunError when it has written no model."""
+    folder = open_run(run)
+    if not folder.model.is_dir():
+        raise RunError(f"{run} is {read(folder)['state']} and has no model yet; a run writes it when it has ended.")
+    return folder
 
 
 def update(folder: RunFolder, **changes: Any) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def head_environment(folder: ClusterFolder, ports: dict[str, int]) -> dict[str, 
         "RAY_health_check_timeout_ms": "4000",
         "RAY_health_check_failure_threshold": "5",
         "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_LOST_S),
+        # Ray 2.60 drains a head that is told to end like a node, for 30 s: it has nowhere to move its jobs to, and their nodes end anyway.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
 
 

@@ -3,14 +3,19 @@
     python -m trebuchet.ray_cluster.one_node RUN
 
 The classes of failures and how often each is forgiven are those of a run on Ray (ranks.py). Ray starts this again, on another node,
-when the node is lost; the attempt that nobody closed is closed here. Left out: trials over several nodes (driver.py).
+when the node is lost; the attempt that nobody closed is closed here. SIGUSR1 says that the node is taken back (tuning.py sends it): the
+ranks save at the end of their step, and the trial waits for its next node. Left out: trials over several nodes (driver.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from ..launcher import local, record
 from ..launcher.job import JobState
@@ -20,13 +25,51 @@ from . import scheduler
 from .ranks import first_hang, in_vain, kind_of, saved_step
 
 
+class TakenBack(Exception):
+    """The ranks have saved, and are not to be started again on this node."""
+
+
 def main(run: str) -> int:
     folder = RunFolder(Path(run))
+    told: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: tell_ranks(folder, told))
     plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
     restarts = scheduler.settings_of(plan).restarts
     if not close_lost(folder, restarts):
         return 1
-    return local.execute(folder, plan, direct=True, again=lambda outcome: again(folder, outcome, restarts))
+
+    def worth(outcome: dict[str, Any]) -> bool:
+        if told and give_back(folder, outcome):
+            raise TakenBack
+        return again(folder, outcome, restarts)
+
+    try:
+        return local.execute(folder, plan, direct=True, again=worth)
+    except TakenBack:
+        return 1
+
+
+def tell_ranks(folder: RunFolder, told: list[int]) -> None:
+    """By signal and not by RUN/stop, which is the user's own wish."""
+    told.append(signal.SIGUSR1)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[-2:] == ["trebuchet.launcher.worker", str(folder.root)]:
+                process.send_signal(signal.SIGUSR1)
+
+
+def give_back(folder: RunFolder, outcome: dict[str, Any]) -> bool:
+    """Closes an attempt whose node is taken back: saved, or ended before it could listen. False when it ended in another way, or when
+    the user wanted it to."""
+    kind = kind_of(outcome) if folder.outcome.exists() else "node"
+    if kind not in ("stopped", "node") or outcome["asked"]:
+        return False
+    note(folder, "drained")
+    reason = (
+        "the node is taken back: saved, and goes on with another" if kind == "stopped" else "the node is taken back"
+    )
+    record.end_attempt(folder, JobState.PREEMPTED, 1, reason, goes_on=True)
+    return True
 
 
 def close_lost(folder: RunFolder, restarts: int) -> bool:

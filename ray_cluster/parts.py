@@ -29,13 +29,13 @@ CORES = 4  # of a task, at most
 
 
 def parts(
-    function: partial[Any], count: int, cluster: Cluster, *, folder: Path, name: str
+    function: partial[Any], count: int, cluster: Cluster, *, folder: Path, name: str, gpus: int = 0
 ) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
     """`function` is a partial of a function of a module, with arguments that JSON can write."""
     dashboard = dashboard_of(cluster)
     call = {"module": function.func.__module__, "name": function.func.__name__, "arguments": function.args,
             "keywords": function.keywords, "count": count, "cores": min(cluster.groups[0].cores or 1, CORES),
-            "cwd": os.getcwd()}  # fmt: skip
+            "gpus": gpus, "cwd": os.getcwd()}  # fmt: skip
     write_atomically(folder / "parts.json", json.dumps(call))
     handed = {key: os.environ[key] for key in INHERITED if key in os.environ} | {"HF_HUB_OFFLINE": "1"}
     job = f"{name}-{os.urandom(4).hex()}"
@@ -64,7 +64,7 @@ def main(folder: Path) -> int:
 
     call = json.loads((folder / "parts.json").read_text(encoding="utf-8"))
     ray.init(address="auto", log_to_driver=False, namespace="trebuchet")
-    task = ray.remote(num_cpus=call["cores"], max_retries=1)(one)
+    task = ray.remote(num_cpus=call["cores"], num_gpus=call["gpus"], max_retries=1)(one)
     waiting = [task.remote(call, i) for i in range(call["count"])]
     rows = []
     for i, reference in enumerate(waiting):

@@ -19,6 +19,7 @@ from ..launcher.errors import ClusterError, SchedulerRefused
 from ..launcher.job import JobHandle, JobSpec, JobState
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
+from ..launcher.sweep_budget import sweep_of
 from . import clusters, rest
 from .settings import RaySettings, ray_settings
 from .state import cluster_folder
@@ -128,7 +129,9 @@ def close_if_ended(folder: RunFolder, job: str, known: dict[str, Any] | None) ->
     if JobState(found["state"]).ended or not found["submitted"].endswith(f"/{job}"):
         return
     hint = f"Go on with `trebuchet resume {folder.root}`."
-    if known is None:
+    if found.get("not_worth_it") or folder.stop.exists():  # it was to end, and nobody was left to say so
+        state, code, error = JobState.CANCELLED, 130, None
+    elif known is None:
         state, code, error = JobState.NODE_FAIL, 1, f"the Ray cluster's head is gone, and job {job} with it. {hint}"
     elif known["status"] == "STOPPED":
         state, code, error = JobState.CANCELLED, 130, None
@@ -149,6 +152,8 @@ def cancel(folder: RunFolder) -> str:
     """A job whose ranks wait for nodes is stopped; one that runs saves first."""
     found = record.read(folder)
     folder.stop.touch()
+    if found["state"] == JobState.PENDING and sweep_of(folder) is not None:  # its job is that of all trials
+        return "will not train when its turn comes"
     if found["state"] == JobState.PENDING:
         plan = Plan.model_validate_json(folder.plan.read_text(encoding="utf-8"))
         dashboard_of(plan.cluster).stop(found["submitted"].rpartition("/")[2])

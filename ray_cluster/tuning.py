@@ -3,7 +3,8 @@
     python -m trebuchet.ray_cluster.tuning SWEEP NUMBERS          numbers as in 0-3,7
 
 A trial is a run like any other: watched by one_node.py on the node that Tune found for it, or by driver.py where its ranks are on
-several. Out of memory, failures and its record are those modules'; when its node is lost Tune starts it again elsewhere. Tune learns its
+several. Out of memory, failures and its record are those modules'; when its node is lost Tune starts it again elsewhere, and when it is
+drained the trial saves before. Tune learns its
 evaluations and may stop it early; it then saves a checkpoint and ends. What Tune keeps of its own is not needed to go on: `resume`
 starts the trials that are not finished, each from its checkpoint, and a search learns from their records.
 """
@@ -17,10 +18,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from ..launcher import record, sweep_budget, sweep_follow
+from ..launcher.job_state import JobState
 from ..launcher.plan import Plan
 from ..launcher.sweep import SweepFolder
 from . import scheduler, trials
@@ -86,10 +89,14 @@ def trial(config: dict[str, Any]) -> None:
 
     sweep = SweepFolder(Path(config["sweep"]))
     folder = sweep.trial(config["number"])
-    if sweep.stop.exists():
+    if folder.stop.exists():  # cancelled while it waited
+        record.update(folder, state=JobState.CANCELLED.value, exit_code=130, error=None)
+    if folder.stop.exists() or sweep.stop.exists():
         return
-    seen = 0
+    seen, told = 0, False
     several = trials.nodes_of(plan_of(sweep, config["number"])) > 1
+    while not several and taken_back():  # Ray starts what ended there again before the node has gone: this ends with it
+        time.sleep(LOOK_S)
     start = ["driver", str(folder.root), "--trial"] if several else ["one_node", str(folder.root)]
     command = [sys.executable, "-m", f"trebuchet.ray_cluster.{start[0]}", *start[1:]]
     # The address by name: without it Ray takes the cluster that was started last on this machine.
@@ -105,8 +112,23 @@ def trial(config: dict[str, Any]) -> None:
         seen = len(rows)
         if process.returncode is not None:
             break
+        if not several and taken_back():  # again and again: ranks that are just being started do not hear it
+            told = True
+            process.send_signal(signal.SIGUSR1)
+    if told and record.read(folder)["state"] == JobState.PENDING:
+        os._exit(
+            1
+        )  # the death of an actor whose node is taken back is no failure to Tune, which starts the trial elsewhere
     if seen:  # so that the driver can tell a trial that ended from one that Tune ended
         tune.report({config["metric"]: rows[-1]["value"], "percent": 100 * rows[-1]["step"] / steps, "ended": True})
+
+
+def taken_back() -> bool:
+    """Whether the node of this process is being drained: `ray drain-node`, a preempted Slurm job. As Ray Train itself asks."""
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    return node in (ray._private.state.state.get_draining_nodes() or {})
 
 
 def evaluations(metrics: Path, key: str) -> list[dict[str, Any]]:

@@ -100,14 +100,17 @@ def parameters(site: Site, *, name: str, parallel: int, cpus: int, gpus: int) ->
 
 
 def parts(
-    function: Callable[[int], Any], count: int, cluster: Cluster, *, folder: Path, name: str
+    function: Callable[[int], Any], count: int, cluster: Cluster, *, folder: Path, name: str, gpus: int = 0
 ) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
     """Starts `function(0)` to `function(count - 1)` on the nodes of a cluster, as launcher/backends.py says of `parts`."""
     site, cores = build_site(cluster.slurm, cluster.name), cluster.groups[0].cores
     handed = {name: os.environ[name] for name in INHERITED if name in os.environ} | {"HF_HUB_OFFLINE": "1"}
     site = site.model_copy(update={"environment": handed | sbatch.caches(site) | site.environment})
     try:
-        jobs = fan_out(function, range(count), site=site, folder=folder, name=name, cpus=min(cores or 1, CORES))
+        cpus = min(cores or 1, CORES)
+        jobs = fan_out(function, range(count), site=site, folder=folder, name=name, cpus=cpus, gpus=gpus)
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
     except ImportError:
         raise UserError("parts as jobs of Slurm need submitit: pip install 'trebuchet[slurm]'.") from None
     array = jobs[0].job_id.partition("_")[0]

@@ -154,7 +154,8 @@ SHARED = {
 }
 # The places that cross to the heavy side, all inside functions.
 TO_TRAINING = {
-    f"launcher.{name}" for name in ("worker", "api", "cli", "after", "verify", "data_verbs", "prefetch", "probing")
+    f"launcher.{name}"
+    for name in ("worker", "api", "cli", "after", "evaluating", "verify", "data_verbs", "prefetch", "probing")
 }
 
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ..launcher import record
-from ..launcher.errors import UserError
+from ..launcher.errors import RunError, UserError
 from ..strategies.prepare import compute_dtype
+from ..strategies.states import TRAINABLE
 from . import evaluate as asking
 from . import harness
+from .checkpoint import check
 from .data import JudgedSet, PairSet, Units
 from .data.prepare import row_tokens
 from .finished import Finished
@@ -29,8 +33,11 @@ from .reference import Precomputed, compute
 from .scores import Subject
 
 
-def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], generations: int) -> dict[str, Any]:
-    """What stands in evaluation.json afterwards. Raises UserError where there is nothing to ask or to ask with."""
+def evaluate(
+    run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], generations: int, checkpoint: int | None = None
+) -> dict[str, Any]:
+    """What stands in evaluation.json afterwards; of a checkpoint (its step) nothing is written. Raises UserError where there is nothing
+    to ask or to ask with."""
     if run.data.eval is None or not len(run.data.eval):
         raise UserError(f"{run.folder.root} held no rows out (data.eval), so there is nothing to compare on.")
     asked = harness.find(tasks) if tasks else None
@@ -41,6 +48,8 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
     prompts = [] if score else judge.held_out.prompts(judge.settings.generations)
     for tuned in (False, True):
         subject = opened(run, tuned=tuned)
+        if tuned and checkpoint is not None:
+            as_at(subject, run.folder.checkpoint(checkpoint))
         if not tuned:
             judge = with_reference(run, judge, subject)
         figures = judge.measure(subject, found[0] if tuned else None)
@@ -55,6 +64,8 @@ def evaluate(run: Finished, *, metrics: Sequence[str], tasks: Sequence[str], gen
     ]
     concluded = judge.conclude(before, after, samples) | more
     figures = {**concluded, "before": before, "after": after, "samples": samples}
+    if checkpoint is not None:
+        return figures
     record.write_atomically(run.folder.evaluation, json.dumps(figures, ensure_ascii=False, indent=1))
     record.update(run.folder, evaluation=concluded)
     return figures
@@ -140,6 +151,20 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
     if chosen.method != "qlora":
         net = net.to(device)
     return Subject(model=net, inside=net, device=device)
+
+
+def as_at(subject: Subject, checkpoint: Path) -> None:
+    """The trained weights as a checkpoint has them. Raises RunError for one that is not whole, and for shards of several ranks."""
+    if problem := check(checkpoint):
+        raise RunError(f"{checkpoint} cannot be read: {problem}.")
+    if not (checkpoint / TRAINABLE).exists():
+        raise RunError(f"{checkpoint} holds shards of several ranks; only a resumed run reads them.")
+    named, stored = dict(subject.inside.named_parameters()), load_file(checkpoint / TRAINABLE)
+    if unknown := sorted(stored.keys() - named.keys()):
+        raise RunError(f"{checkpoint} holds other parameters than the model: {unknown[0]} …")
+    with torch.no_grad():
+        for name, values in stored.items():
+            named[name].copy_(values)
 
 
 def _text(run: Finished, ids: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..launcher import record
 from ..launcher.errors import RunError
 from ..launcher.plan import Chosen, Plan
-from ..launcher.run_folder import RunFolder, open_run
+from ..launcher.run_folder import RunFolder
 from . import load
 
 if TYPE_CHECKING:
@@ -87,8 +87,5 @@ def _counts(part: dict[str, Any] | None) -> tuple[Any, ...]:
 
 def open_finished(run: str) -> Finished:
     """By folder or name. Raises RunError when the run has written no model."""
-    folder = open_run(run)
-    if not folder.model.is_dir():
-        state = record.read(folder)["state"]
-        raise RunError(f"{run} is {state} and has no model yet; a run writes it when it has ended.")
+    folder = record.with_model(run)
     return Finished(folder, Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))

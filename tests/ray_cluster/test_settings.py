@@ -16,7 +16,7 @@ from trebuchet.launcher.cluster import CONFIGS, Cluster, NodeGroup, load_cluster
 from trebuchet.launcher.errors import ClusterError, UserError
 from trebuchet.launcher.plan import Chosen
 from trebuchet.launcher.run_folder import RunFolder
-from trebuchet.ray_cluster import clusters, clusters_text, one_node, ranks
+from trebuchet.ray_cluster import clusters, clusters_text, one_node, ranks, scheduler
 from trebuchet.ray_cluster.settings import ray_settings
 from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 
@@ -183,6 +183,67 @@ def test_a_trial_of_a_lost_node_is_started_again_until_it_was_in_vain_too_often(
     assert one_node.again(folder, {"exit_code": 1, "error": None}, 3)
     record.write_atomically(folder.outcome, "{}")
     assert not one_node.again(folder, {"exit_code": 1, "error": "ValueError: shape", "node": None}, 9)
+
+
+def a_trial(root: Path, *, begun: bool = True) -> RunFolder:
+    folder = RunFolder(root / "trials" / "000")
+    folder.logs.mkdir(parents=True)
+    (root / "sweep.json").write_text("{}")
+    facts = {
+        "state": "PENDING",
+        "step": 4,
+        "attempts": [],
+        "submitted": "ray://there/job",
+        "exit_code": None,
+        "error": None,
+    }
+    record.write_atomically(folder.record, json.dumps(facts))
+    if begun:
+        record.begin_attempt(folder, "local://there/1", ranks=1)
+    return folder
+
+
+@pytest.mark.parametrize("known", [None, {"status": "FAILED", "message": "SIGKILL"}, {"status": "SUCCEEDED"}])
+def test_a_trial_that_was_not_worth_it_or_not_wanted_has_not_failed(
+    tmp_path: Path, known: dict[str, Any] | None
+) -> None:
+    """Its driver was killed, or ended, before the trial could say that it has stopped; one that waited will never say it."""
+    early, waiting, lost = a_trial(tmp_path / "a"), a_trial(tmp_path / "b", begun=False), a_trial(tmp_path / "c")
+    record.update(early, not_worth_it=True)
+    waiting.stop.touch()
+    for folder in (early, waiting, lost):
+        scheduler.close_if_ended(folder, "job", known)
+    found = [record.read(folder) for folder in (early, waiting, lost)]
+    assert [(one["state"], one["exit_code"], one["error"]) for one in found[:2]] == [("CANCELLED", 130, None)] * 2
+    assert found[0]["attempts"][0]["state"] == "CANCELLED" and found[0]["attempts"][0]["ended"]
+    assert found[2]["state"] == ("NODE_FAIL" if known is None else "FAILED") and "trebuchet resume" in found[2]["error"]
+
+
+def test_to_cancel_one_waiting_trial_does_not_end_the_others(tmp_path: Path) -> None:
+    """The job that its record names is the driver of the whole sweep."""
+    trial = a_trial(tmp_path, begun=False)
+    assert "when its turn comes" in scheduler.cancel(trial) and trial.stop.exists()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "asked", "given"),
+    [
+        ({"exit_code": 75, "error": None}, False, True),  # saved at the end of its step
+        (None, False, True),  # ended before it could listen
+        ({"exit_code": 75, "error": None}, True, False),  # the user's own wish at the same moment
+        ({"exit_code": 1, "error": "ValueError: shape", "node": None}, False, False),  # its own fault
+    ],
+)
+def test_a_node_that_is_taken_back_is_no_failure(
+    tmp_path: Path, outcome: dict[str, Any] | None, asked: bool, given: bool
+) -> None:
+    trial = a_trial(tmp_path)
+    if outcome:
+        record.write_atomically(trial.outcome, json.dumps(outcome))
+    assert one_node.give_back(trial, {"exit_code": 1, "error": "no word", **(outcome or {}), "asked": asked}) is given
+    found = record.read(trial)
+    assert (found["state"], found["attempts"][0]["state"]) == (("PENDING", "PREEMPTED") if given else ("RUNNING",) * 2)
+    assert ranks.in_vain(found["attempts"]) == 0
 
 
 def test_a_python_in_a_folder_with_a_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,17 +94,17 @@ def test_a_share_of_a_node_leaves_the_others_theirs(per_node: int, wanted: int) 
 def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
     ray_cluster: Path, with_settings: Callable[..., str], tiny_config: Config, tmp_path: Path
 ) -> None:
-    """Two trials of two ranks, one after the other: the second one's values are Optuna's after the first. Ctrl+C in the command that
-    shows the table: the trial that runs saves, and places and nodes are given back."""
+    """Trials of two ranks, one after the other: the second one's values are Optuna's after the first. Ctrl+C in the command that shows
+    the table: the trial that runs saves, the one that waits is cancelled, and places and nodes are given back."""
     pytest.importorskip("optuna", reason="searches need optuna: pip install 'trebuchet[sweep]'")
     changes = {
-        "optimization.max_steps": 300, "optimization.warmup": 0, "optimization.global_batch_size": 4, "evaluation.every": 150,
-        "evaluation.generations": 0, "checkpointing.every": 150, "tracking": [],
+        "optimization.max_steps": 40, "optimization.warmup": 0, "optimization.global_batch_size": 4, "evaluation.every": 20,
+        "evaluation.generations": 0, "checkpointing.every": 40, "tracking": [],
     }  # fmt: skip
     config = tiny_config(changes, output=str(tmp_path / "sweep"))
     config["sweep"] = {
         "space": {"optimization.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
-        "method": "optuna", "trials": 2, "parallel": 1, "nodes": 2,
+        "method": "optuna", "trials": 3, "parallel": 1, "nodes": 2,
     }  # fmt: skip
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     folder = cluster_folder(ray_cluster.stem)
@@ -117,7 +117,7 @@ def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
         wait_for(lambda: open_sweep(str(tmp_path / "sweep")) is not None, 120, shown.read_text)
         sweep = open_sweep(str(tmp_path / "sweep"))
         assert sweep is not None and sweep.facts()["trials"][1] is None
-        first, second = sweep.trials()
+        first, second, third = sweep.trials()
         wait_for(lambda: record.read(second)["state"] == "RUNNING", 400, lambda: shown.read_text() + driver_log(folder))
         found = record.read(first)
         assert found["state"] == "SUCCEEDED" and found["attempts"][0]["world"] == 2, found
@@ -129,7 +129,11 @@ def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
         assert command.wait(120) == 1, shown.read_text()
     finally:
         command.kill()
-    assert record.read(second)["state"] == "CANCELLED" and "trebuchet resume" in shown.read_text()
+    stopped = record.read(second)
+    assert stopped["state"] == "CANCELLED" and (second.checkpoint(stopped["step"]) / "manifest.json").exists(), stopped
+    wait_for(lambda: api.current_state(third).ended, 60, lambda: str(record.read(third)))
+    assert record.read(third)["state"] == "CANCELLED" and not record.read(third)["attempts"]
+    assert "trebuchet resume" in shown.read_text()
     assert "best so far: trial 000" in shown.read_text() and (sweep.root / "report.html").exists()
     wait_for(lambda: not watchers(sweep), 60, lambda: f"ranks to end: {watchers(sweep)}")
     wait_for(lambda: not groups_of(folder), 30, lambda: f"places: {groups_of(folder)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from typing import Any
 
 import psutil
@@ -11,7 +12,7 @@ from trebuchet.launcher import api, logs, record
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import RunFolder
 
-from .cluster import wait_for
+from .cluster import SlurmCluster, wait_for
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
@@ -54,3 +55,9 @@ def submit(config: dict[str, Any], cluster: str) -> RunFolder:
 
 def run_job(run: RunFolder) -> str:
     return str(record.read(run)["submitted"]).rpartition("/")[2]
+
+
+def submissions(slurm: SlurmCluster) -> int:
+    """REQUEST_SUBMIT_BATCH_JOB messages that the controller has had."""
+    hit = re.search(r"REQUEST_SUBMIT_BATCH_JOB\s+\(\s*\d+\)\s+count:(\d+)", slurm.ask("sdiag"))
+    return int(hit[1]) if hit else 0

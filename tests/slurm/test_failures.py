@@ -55,7 +55,7 @@ def test_out_of_memory_goes_on_with_a_smaller_micro_batch(
     """Four rows at once take 3 GiB, one takes 1.2 to 1.7, and 2.3 are given. In one run torch's own allocation fails (ulimit -d),
     in the other Slurm kills what is resident (--mem). Both go on by themselves, with the same global batch and the same losses."""
     changes = {
-        "optimization.max_steps": 2,
+        "optimization.max_steps": 1,
         "checkpointing.every": 100,
         "optimization.warmup": 0,
         "optimization.micro_batch": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
-from trebuchet.launcher import cli, data_verbs
+from trebuchet.launcher import api, cli, data_verbs, worker
 from trebuchet.slurm.fanout import fan_out, gather, write_table
 from trebuchet.slurm.site import build_site
 
 from .cluster import SlurmCluster
+from .running import submissions
+
+Config = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.slow
@@ -70,6 +74,42 @@ def test_parts_of_the_data_are_jobs_and_put_together_here(
     assert "cached for the runs that follow" in said.out
     failed = [line for line in said.err.splitlines() if line.startswith("part ")]
     assert len(failed) == 2 and all("ended without a result" in line and "made here" in line for line in failed)
+
+
+@pytest.mark.slow
+def test_many_finished_runs_are_asked_by_one_array(
+    slurm: SlurmCluster, cluster_file: Callable[..., str], tiny_config: Config, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """`trebuchet eval` of two runs on the nodes: what each found of itself when it ended, in one table; one that lacks its weights is a
+    row with its reason."""
+    few = {
+        "optimization.max_steps": 2,
+        "evaluation.generations": 0,
+        "evaluation.forgetting": 0,
+        "checkpointing.every": 100,
+    }
+    runs = [tmp_path / "runs" / name for name in ("it's one", "two", "three")]
+    for number, run in enumerate(runs[:2]):
+        folder, plan = api.begin(tiny_config({**few, "optimization.seed": number}, output=str(run)))
+        folder.logs.mkdir()
+        assert worker.train(folder, plan)
+    said = [json.loads((run / "evaluation.json").read_text()) for run in runs[:2]]
+    shutil.copytree(runs[0], runs[2])
+    (runs[2] / "model" / "model.safetensors").unlink()
+    before = submissions(slurm)
+    assert cli.main(["eval", *map(str, runs), "--cluster", cluster_file()]) == 1
+    assert submissions(slurm) - before == 1
+    shown = capsys.readouterr()
+    rows = [json.loads(line) for line in (tmp_path / "runs" / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["run"] for row in rows] == list(map(str, runs))
+    for row, figures in zip(rows[:2], said, strict=True):
+        assert row["error"] is None
+        for when in ("before", "after"):  # plain transformers against the kernel layer's sums, fp32
+            assert row[when]["loss"] == pytest.approx(figures[when]["loss"], rel=1e-4)
+    assert rows[2]["after"] is None and "model.safetensors" in rows[2]["error"] and rows[2]["error"] in shown.out
+    assert "3 evaluations are slurm://" in shown.err
+    assert json.loads((runs[1] / "run.json").read_text())["evaluation"]["verdict"] == rows[1]["verdict"]
 
 
 def test_parts_go_where_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

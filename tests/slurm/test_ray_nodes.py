@@ -86,20 +86,24 @@ def test_nodes_come_are_replaced_and_go(
     folder = cluster_folder(ray_on_slurm.name)
     assert list(ray_jobs.jobs(folder)) == [folder.read()["head_job"]]
     changes = {
-        "optimization.max_steps": 150, "optimization.global_batch_size": 16, "optimization.micro_batch": 1, "data.packing": False,
-        "evaluation.every": 150, "evaluation.generations": 0, "checkpointing.every": 10, "data.eval": 0, "tracking": [],
+        "optimization.max_steps": 10**5, "optimization.global_batch_size": 16, "optimization.micro_batch": 1, "data.packing": False,
+        "evaluation.every": 10**5, "evaluation.generations": 0, "checkpointing.every": 1000, "data.eval": 0, "tracking": [],
     }  # fmt: skip
     path = str(tmp_path / f"{ray_on_slurm.name}.yaml")
     run = RunFolder(api.submit(tiny_config(changes, output=str(tmp_path / "run")), cluster=path).folder)
-    wait_for(lambda: record.read(run)["step"] >= 12, 400, lambda: f"step 12; {record.read(run)}")
+    wait_for(lambda: record.read(run)["step"] >= 3, 400, lambda: f"step 3; {record.read(run)}")
     nodes = nodes_of(folder)
     assert len(nodes) == 2
     lost = next(iter(nodes))
     slurm.ask("scancel", "--signal=TERM", lost)  # the notice of a preemption; the node then has DRAIN_S
     wait_for(lambda: len(record.read(run)["attempts"]) > 1, 400, lambda: f"a second attempt; {record.read(run)}")
+    there = record.read(run)["attempts"][1]["first_step"]
+    wait_for(lambda: record.read(run)["step"] >= there + 2, 400, lambda: f"more steps; {record.read(run)}")
+    assert lost not in nodes_of(folder) and len(nodes_of(folder)) == 2
+    api.cancel(str(run.root))
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end; {record.read(run)}")
     found = record.read(run)
-    assert found["state"] == JobState.SUCCEEDED, found
+    assert found["state"] == JobState.CANCELLED, found
     first, second = found["attempts"][:2]
     assert first["kind"] == "drained" and first["state"] == JobState.PREEMPTED, found["attempts"]
     assert second["first_step"] == first["last_step"] > 0, found["attempts"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,15 @@ from typing import Any
 import pytest
 import yaml
 from trebuchet.launcher import cli, record
+from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.launcher.sweep import SweepFolder, begin, open_sweep, plan_sweep, start
 from trebuchet.slurm.trials import refuse_too_many
 
 from .cluster import SlurmCluster, wait_for
-from .running import rank_process, said
+from .running import rank_process, said, submissions
 
 pytestmark = pytest.mark.slow
 Config = Callable[..., dict[str, Any]]
-
-
-def submissions(slurm: SlurmCluster) -> int:
-    """REQUEST_SUBMIT_BATCH_JOB messages that the controller has had."""
-    hit = re.search(r"REQUEST_SUBMIT_BATCH_JOB\s+\(\s*\d+\)\s+count:(\d+)", slurm.ask("sdiag"))
-    return int(hit[1]) if hit else 0
 
 
 def table(folder: SweepFolder, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -34,86 +28,69 @@ def table(folder: SweepFolder, capsys: pytest.CaptureFixture[str]) -> dict[str, 
     return found
 
 
-def test_a_sweep_is_one_array_and_one_table(
+def test_a_sweep_is_one_array_and_one_table_and_resume_loses_nothing(
     slurm: SlurmCluster,
     cluster_file: Callable[..., str],
     tiny_config: Config,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two trials. The rank of one is killed and goes on by itself under its id; the dry run is what was submitted."""
-    space = {"optimization.learning_rate": {"choice": [1e-3, 1e-2]}}
-    few = {"optimization.max_steps": 14, "checkpointing.every": 5, "evaluation.every": 14, "evaluation.generations": 0}
+    """Two at a time. The rank of the first is killed; it goes on by itself under its id and finishes. The second is cancelled as it runs,
+    the third as it waits; resume starts those two alone. The dry run is what was submitted."""
+    space = {"optimization.max_steps": {"choice": [14, 10**6, 3]}, "optimization.schedule": {"choice": ["constant"]}}
+    few = {"checkpointing.every": 5, "evaluation.every": 10**5, "evaluation.generations": 0}
     config = tiny_config(few, output=str(tmp_path / "a sweep"))
     config["sweep"] = {"space": space, "method": "grid", "parallel": 2}
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     command = ["sweep", str(tmp_path / "sweep.yaml"), "--cluster", cluster_file(restarts=1)]
     assert cli.main([*command, "--dry-run"]) == 0
     shown, before = capsys.readouterr().out, submissions(slurm)
-    assert not (tmp_path / "a sweep").exists() and "trial 001: optimization.learning_rate=0.01" in shown
+    assert not (tmp_path / "a sweep").exists() and "trial 001: optimization.max_steps=1000000" in shown
     assert cli.main(command) == 0
-    assert submissions(slurm) - before == 1 and "2 trials are slurm://" in capsys.readouterr().out
+    assert submissions(slurm) - before == 1 and "3 trials are slurm://" in capsys.readouterr().out
     folder = open_sweep(str(tmp_path / "a sweep"))
     assert folder is not None and shown.endswith("\n" + folder.script.read_text(encoding="utf-8"))
 
-    first = folder.trial(0)
+    first, second, third = folder.trials()
+    slurm.ask("scontrol", "hold", job_of(third))  # or it starts while the first waits to go on
     wait_for(lambda: record.read(first)["step"] >= 6, 150, lambda: said(first))
     rank_process(first, 0).kill()
-    wait_for(
-        lambda: table(folder, capsys)["state"] not in ("PENDING", "RUNNING"),
-        300,
-        lambda: "\n".join(map(said, folder.trials())),
-    )
-    found = table(folder, capsys)
-    rows = {row["trial"]: row for row in found["trials"]}
-    assert [len(row["attempts"]) for row in (rows["000"], rows["001"])] == [2, 1], found
-    assert rows["000"]["state"] == rows["001"]["state"] == "SUCCEEDED" and "Killed" in rows["000"]["attempts"][0]
-    handles = {a["handle"] for a in record.read(first)["attempts"]}
-    assert len(handles) == 1 and handles.pop().endswith("_0")
-    values = [rows[name]["value"] for name in ("000", "001")]
-    assert found["best"] == ("000" if values[0] < values[1] else "001") == found["trials"][0]["trial"]
-    evaluated = record.read(folder.trial(1))["evaluation"]["after"]["loss"]
-    assert rows["001"]["value"] == evaluated
-    # One set of tokenized data for both.
-    assert len({json.dumps(record.read(trial)["data"]["fingerprint"]) for trial in folder.trials()}) == 1
-
-
-def test_cancel_and_resume_lose_no_finished_trial(
-    slurm: SlurmCluster,
-    cluster_file: Callable[..., str],
-    tiny_config: Config,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """One at a time: the first finishes, the second is cancelled as it runs, the third as it waits; resume starts those two alone."""
-    space = {"optimization.max_steps": {"choice": [2, 10**6, 3]}}
-    few = {"checkpointing.every": 1000, "evaluation.every": 10**5, "evaluation.generations": 0}
-    config = tiny_config(few, output=str(tmp_path / "sweep"))
-    config["sweep"] = {"space": space, "method": "grid", "parallel": 1}
-    folder = begin(plan_sweep(config, cluster=cluster_file()))
-    start(folder, range(3))
-    wait_for(lambda: record.read(folder.trial(1))["step"] >= 2, 150, lambda: said(folder.trial(1)))
-    model = (folder.trial(0).model / "model.safetensors").stat()
+    wait_for(lambda: record.read(second)["step"] >= 2, 150, lambda: said(second))
+    wait_for(lambda: record.read(first)["state"] == "SUCCEEDED", 150, lambda: said(first))
+    model = (first.model / "model.safetensors").stat()
     assert cli.main(["cancel", str(folder.root)]) == 0
     assert "1 trials were waiting and are taken from the queue, 1 save" in capsys.readouterr().out
-    wait_for(
-        lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 1, "CANCELLED": 2}, 60, lambda: said(folder.trial(1))
-    )
+    wait_for(lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 1, "CANCELLED": 2}, 60, lambda: said(second))
 
     before = submissions(slurm)
     assert cli.main(["resume", str(folder.root)]) == 0
     assert "2 trials are slurm://" in capsys.readouterr().out and submissions(slurm) - before == 1
-    assert "#SBATCH --array=1-2%1\n" in folder.script.read_text(encoding="utf-8")
+    assert "#SBATCH --array=1-2%2\n" in folder.script.read_text(encoding="utf-8")
+    stopped = record.read(second)["attempts"][0]["last_step"]
     wait_for(
-        lambda: len(record.read(folder.trial(1))["attempts"]) == 2 and record.read(folder.trial(1))["step"] > 2,
+        lambda: len(record.read(second)["attempts"]) == 2 and record.read(second)["step"] > stopped,
         150,
-        lambda: said(folder.trial(1)),
+        lambda: said(second),
     )
-    assert cli.main(["cancel", str(folder.trial(1).root)]) == 0  # a trial is a run like any other
-    wait_for(
-        lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 2, "CANCELLED": 1}, 150, lambda: said(folder.trial(2))
-    )
-    assert (folder.trial(0).model / "model.safetensors").stat() == model
+    assert cli.main(["cancel", str(second.root)]) == 0  # a trial is a run like any other
+    wait_for(lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 2, "CANCELLED": 1}, 150, lambda: said(third))
+    assert (first.model / "model.safetensors").stat() == model  # not run again
+
+    found = table(folder, capsys)
+    rows = {row["trial"]: row for row in found["trials"]}
+    assert [len(rows[name]["attempts"]) for name in ("000", "001", "002")] == [2, 2, 1], found
+    assert "Killed" in rows["000"]["attempts"][0]
+    handles = {a["handle"] for a in record.read(first)["attempts"]}
+    assert len(handles) == 1 and handles.pop().endswith("_0")
+    values = [rows[name]["value"] for name in ("000", "002")]
+    assert found["best"] == ("000" if values[0] < values[1] else "002") == found["trials"][0]["trial"]
+    assert rows["002"]["value"] == record.read(third)["evaluation"]["after"]["loss"]
+    # One set of tokenized data for all.
+    assert len({json.dumps(record.read(trial)["data"]["fingerprint"]) for trial in folder.trials()}) == 1
+
+
+def job_of(trial: RunFolder) -> str:
+    return str(record.read(trial)["submitted"]).rpartition("/")[2]
 
 
 def test_a_thousand_trials_are_one_call(

@@ -185,6 +185,35 @@ def test_eval_of_the_saved_model_says_what_the_run_said(run: Path, capsys: pytes
     assert "did you mean 'exact_match'" in capsys.readouterr().err
 
 
+def test_several_are_asked_one_after_the_other_into_one_table(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The newest checkpoint holds the weights of the model, so its figures are the model's; nothing is written into the run for it. A run
+    that cannot be asked is a row with its reason."""
+    import json
+
+    shutil.copytree(run, tmp_path / "damaged", ignore=shutil.ignore_patterns("merged", "exports"))
+    for file in (tmp_path / "damaged" / "checkpoints").glob("step-*/trainable.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    assert cli.main(["eval", str(run)]) == 0
+    before = (run / "evaluation.json").read_bytes()
+    output = tmp_path / "table.jsonl"
+    words = ["eval", str(run), str(tmp_path / "damaged"), str(run), "--checkpoints", "--output", str(output)]
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    shown = capsys.readouterr().out
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(Path(row["run"]).name, row["checkpoint"]) for row in rows] == [
+        (run.name, 4), (run.name, None), ("damaged", 4), ("damaged", None),
+    ]  # fmt: skip
+    at_four, model, broken, whole = rows
+    assert at_four["after"] == pytest.approx(model["after"]) and at_four["before"] == pytest.approx(model["before"])
+    assert model["after"]["loss"] < model["before"]["loss"] and whole["after"] == pytest.approx(model["after"])
+    assert "trainable.safetensors" in broken["error"] and broken["after"] is None and broken["error"] in shown
+    assert json.loads((run / "evaluation.json").read_bytes()) == json.loads(before)
+    assert shown.splitlines()[0].split()[:4] == ["RUN", "BASE", "LOSS", "LOSS"] and str(output) in shown
+
+
 def test_lm_evaluation_harness_runs_a_task_of_the_user_s_on_the_saved_model(
     run: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
