@@ -107,9 +107,9 @@ def trial(config: dict[str, Any]) -> None:
             process.wait(LOOK_S)
         rows = evaluations(folder.metrics, config["metric"])
         steps = record.read(folder)["steps"]
-        for row in rows[seen:]:
+        for row in to_tell(rows, steps)[seen:]:
             tune.report({config["metric"]: row["value"], "percent": 100 * row["step"] / steps, "ended": False})
-        seen = len(rows)
+            seen += 1
         if process.returncode is not None:
             break
         if not several and taken_back():  # again and again: ranks that are just being started do not hear it
@@ -119,7 +119,7 @@ def trial(config: dict[str, Any]) -> None:
         os._exit(
             1
         )  # the death of an actor whose node is taken back is no failure to Tune, which starts the trial elsewhere
-    if seen:  # so that the driver can tell a trial that ended from one that Tune ended
+    if rows:  # so that the driver can tell a trial that ended from one that Tune ended
         tune.report({config["metric"]: rows[-1]["value"], "percent": 100 * rows[-1]["step"] / steps, "ended": True})
 
 
@@ -142,16 +142,24 @@ def evaluations(metrics: Path, key: str) -> list[dict[str, Any]]:
     return [{"step": step, "value": value} for step, value in sorted(found.items())]
 
 
+def to_tell(rows: list[dict[str, Any]], steps: int | None) -> list[dict[str, Any]]:
+    """Without the one of the last step, which is told when the trial has ended: until then it exports its model, and no rule may end
+    it."""
+    return [row for row in rows if row["step"] != steps]
+
+
 def stopper(settings: dict[str, Any] | None) -> Any:
     """Tune's scheduler for the sweep's `stopping:` section; None runs every trial to its end. Time is the share of the trial that is
-    done, in percent; a trial at 100 is left alone, because it still exports its model."""
+    done, in percent."""
     if settings is None:
         return None
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
 
     grace = max(1, round(100 * settings["grace"]))
     if settings["name"] == "median":
-        return MedianStoppingRule(time_attr="percent", grace_period=grace, min_samples_required=2)
+        # No slice of time: while there are too few trials to compare with, Ray would pause one for another, which would end its ranks.
+        never: Any = float("inf")
+        return MedianStoppingRule(time_attr="percent", grace_period=grace, min_samples_required=2, min_time_slice=never)
     return ASHAScheduler(time_attr="percent", max_t=101, grace_period=grace, reduction_factor=settings["factor"])
 
 

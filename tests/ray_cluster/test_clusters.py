@@ -56,8 +56,9 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
     ray_local: str, ray_cluster: Path, tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each of two clusters on one machine takes its own token and no other, and not to have one is no way in. Every process of the head of
-    one is killed as a run trains: its node notices and ends, the record says what happened and how to go on, and on the next head the
-    run goes on from its checkpoint. After `down` nothing of it is left, and the other is as it was."""
+    one is killed as a run trains: the record says what happened and how to go on, the next `up` ends what was left, and the run ends on
+    the new head, from its checkpoint. (That nodes which lose their head end by themselves: tests/slurm/test_ray_nodes.py.) After `down`
+    nothing of it is left, and the other is as it was."""
     folder, other = cluster_folder(ray_local), cluster_folder(ray_cluster.stem)
     capsys.readouterr()
     assert cli.main(["cluster", "status", ray_local, "--json"]) == 0
@@ -67,7 +68,11 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
             rest.Dashboard("wrong", folder.read()["dashboard"], token).nodes()
     assert cli.main(["cluster", "up", ray_local]) == 2 and "is up already" in capsys.readouterr().err
 
-    run = RunFolder(api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=ray_local).folder)
+    run = RunFolder(
+        api.submit(
+            tiny_config(LONG | {"optimization.max_steps": 30}, output=str(tmp_path / "run")), cluster=ray_local
+        ).folder
+    )
     wait_for(lambda: record.read(run)["step"] >= 7, 400, lambda: f"step 7: {record.read(run)}")
     head = psutil.Process(json.loads((folder.root / "head.json").read_text())["pid"])
     supervisor = psutil.Process(json.loads((folder.root / "supervisor.json").read_text())["pid"])
@@ -79,18 +84,13 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
     assert cli.main(["status", str(run.root)]) == 0
     shown = capsys.readouterr().out
     assert "NODE_FAIL" in shown and f"trebuchet resume {run.root}" in shown
-    psutil.wait_procs(before, timeout=90)
-    assert gone(before)
-
-    reached = record.read(run)["step"]
     assert cli.main(["cluster", "up", ray_local]) == 0
+    assert gone(before)
     assert cli.main(["resume", str(run.root)]) == 0
-    wait_for(lambda: record.read(run)["step"] > reached + 2, 400, lambda: f"more steps: {record.read(run)}")
-    attempts = record.read(run)["attempts"]
-    assert attempts[0]["state"] == "NODE_FAIL" and attempts[-1]["first_step"] >= 5
-    api.cancel(str(run.root))
-    wait_for(lambda: api.current_state(run).ended, 100, lambda: f"the end: {record.read(run)}")
-    assert record.read(run)["state"] == "CANCELLED"
+    wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end: {record.read(run)}")
+    found = record.read(run)
+    assert (found["state"], found["step"], run.model.is_dir()) == ("SUCCEEDED", 30, True), found
+    assert found["attempts"][0]["state"] == "NODE_FAIL" and found["attempts"][-1]["first_step"] >= 5
     before = processes(folder)
     assert cli.main(["cluster", "down", ray_local]) == 0
     assert gone(before) and not folder.root.exists()

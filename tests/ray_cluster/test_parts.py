@@ -13,7 +13,7 @@ import pytest
 import yaml
 from trebuchet.launcher import data_verbs
 from trebuchet.launcher.cluster import load_cluster
-from trebuchet.ray_cluster import parts
+from trebuchet.ray_cluster import clusters, parts
 
 from ..conftest import chat_rows, write_jsonl
 
@@ -27,6 +27,7 @@ def test_parts_of_the_data_are_tasks_and_put_together_here(
         f"data.{name}": str(write_jsonl(tmp_path / f"{name}.jsonl", chat_rows(n)))
         for name, n in (("train", 31), ("eval", 9))
     }
+    clusters.resize(ray_cluster.stem, 1, at_most=True)
     config = tmp_path / "train.yaml"
     config.write_text(yaml.safe_dump(tiny_config(files)), encoding="utf-8")
     with monkeypatch.context() as elsewhere:  # where the cluster's own facts are is the session's cache

@@ -73,27 +73,28 @@ def test_resized_up_and_down_with_a_lost_rank_between(
     session: Callable[..., Session],
     tmp_path: Path,
 ) -> None:
-    """1 rank, then 3, one of them killed, then 2 as soon as they have begun again: the losses of the run that nobody disturbed."""
+    """1 rank, then 2, one of them killed, then 1 as soon as they have begun again: the losses of the run that nobody disturbed. (1, 3 and 2
+    ranks: benchmarks/ray.py.)"""
     name = ray_cluster.stem
     clusters.resize(name, 1)
     run = RunFolder(
         api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(workers=[1, 3])).folder
     )
     wait_for_world(run, 1)
-    clusters.resize(name, 3)
-    wait_for_world(run, 3)
-    rank_process(run, 2).kill()
-    lost_at = len(record.read(run)["attempts"])
-    wait_for(lambda: len(record.read(run)["attempts"]) > lost_at, 120, lambda: "the next attempt")
     clusters.resize(name, 2)
     wait_for_world(run, 2)
+    rank_process(run, 1).kill()
+    lost_at = len(record.read(run)["attempts"])
+    wait_for(lambda: len(record.read(run)["attempts"]) > lost_at, 120, lambda: "the next attempt")
+    clusters.resize(name, 1)
+    wait_for_world(run, 1)
     api.cancel(str(run.root))
     lines = list(logs.lines(run, follow=True))
     found = record.read(run)
     assert found["state"] == "CANCELLED", json.dumps(found, indent=1)
     assert {line[:4] for line in lines if line.startswith("[")} >= {"[0] "}
     worlds = [attempt["world"] for attempt in found["attempts"]]
-    assert worlds[0] == 1 and 3 in worlds and worlds[-1] == 2, worlds
+    assert worlds[0] == 1 and 2 in worlds and worlds[-1] == 1, worlds
     kinds = [attempt.get("kind") for attempt in found["attempts"]]
     assert "resized" in kinds and "node" in kinds, kinds
     for before, after in zip(found["attempts"], found["attempts"][1:], strict=False):
@@ -102,5 +103,5 @@ def test_resized_up_and_down_with_a_lost_rank_between(
     assert list(seen) == list(range(1, found["step"] + 1))
     whole = session(LONG | {"optimization.micro_batch": 4, "optimization.max_steps": found["step"]})
     assert whole.run()
-    assert seen == pytest.approx(losses(whole.runtime.folder), rel=1e-5)  # sums over 1, 2 and 3 ranks round differently
+    assert seen == pytest.approx(losses(whole.runtime.folder), rel=1e-5)  # sums over 1 and 2 ranks round differently
     assert cluster_folder(name).token.stat().st_mode & 0o777 == 0o600

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from trebuchet.launcher import cli, record
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.launcher.sweep import SweepFolder, open_sweep
 from trebuchet.ray_cluster import clusters, rest
-from trebuchet.ray_cluster.state import ClusterFolder, authentication, cluster_folder, ray_program
+from trebuchet.ray_cluster.state import ClusterFolder, authentication, cluster_folder
 
 from .test_runs import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 Config = Callable[..., dict[str, Any]]
-RATES = [1e-3, 1e-9, 3e-3, 3e-9]  # of each two that run at a time, one that learns and one that cannot
+RATES = [1e-3, 1e-9, 3e-3]  # the second cannot learn
 
 
 def table(folder: SweepFolder, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -51,14 +52,26 @@ def watchers(folder: SweepFolder) -> list[psutil.Process]:
     return found
 
 
-def drain(there: ClusterFolder, trial: RunFolder) -> None:
-    """By Ray's own command, the node that a trial is on: what a scheduler does that wants it back."""
+def drain(there: ClusterFolder, trial: RunFolder, when: Callable[[], None]) -> None:
+    """By Ray's own command, the node that a trial is on: what a scheduler does that wants it back. The command is loaded before `when`,
+    which returns at the moment to do it."""
     on = next(p for p in psutil.process_iter() if str(trial.root) in p.cmdline()).environ()["RAY_CLOUD_INSTANCE_ID"]
     node = next(n["node_id"] for n in clusters.nodes(there) if n["name"] == on)
-    words = [*ray_program(), "drain-node", f"--address={there.read()['address']}", f"--node-id={node}"]
-    words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=wanted", "--deadline-remaining-seconds=120"]
-    done = subprocess.run(words, env={**os.environ, **authentication(there.token)}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = [
+        "drain-node",
+        f"--address={there.read()['address']}",
+        f"--node-id={node}",
+        "--deadline-remaining-seconds=120",
+    ]
+    words += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=wanted"]
+    begin = "import sys; from ray.scripts.scripts import cli; input(); cli(sys.argv[1:])"
+    environment = {**os.environ, **authentication(there.token)}
+    with subprocess.Popen(
+        [sys.executable, "-c", begin, *words], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as command:
+        when()
+        _, problem = command.communicate(b"\n", timeout=60)
+    assert command.returncode == 0, problem.decode()
 
 
 def groups_of(folder: ClusterFolder) -> list[dict[str, Any]]:
@@ -74,18 +87,18 @@ def test_trials_survive_lost_ranks_and_nodes_poor_ones_end_early_and_a_killed_dr
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two trials at a time. A rank of the first is killed; the node of the second is drained, it saves before and goes on with another;
-    the third is cancelled. Then the driver is killed with -9: its trials save, and places and nodes are given back. `resume` ends it."""
+    """Two trials at a time. The node of the second is drained: it saves before and goes on with another, and is ended early. A rank of the
+    first is killed. Then the driver is killed with -9: the third saves, and places and nodes are given back. `resume` ends it."""
     changes = {
-        "optimization.max_steps": 60, "optimization.warmup": 0, "evaluation.every": 0.1, "evaluation.generations": 0, "tracking": [],
-        "checkpointing.every": 0.1,
+        "optimization.max_steps": 150, "optimization.warmup": 0, "evaluation.every": 15, "evaluation.generations": 0, "tracking": [],
+        "evaluation.forgetting": 0, "checkpointing.every": 15,
     }  # fmt: skip
     config = tiny_config(changes, output=str(tmp_path / "sweep"))
     config["sweep"] = {
         "space": {"optimization.learning_rate": {"choice": RATES}},
         "method": "grid",
         "parallel": 2,
-        "stopping": {"name": "asha", "grace": 0.2, "factor": 2},
+        "stopping": {"name": "asha", "grace": 0.25, "factor": 2},
     }
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     name = ray_cluster.stem
@@ -93,22 +106,20 @@ def test_trials_survive_lost_ranks_and_nodes_poor_ones_end_early_and_a_killed_dr
     assert cli.main(["sweep", str(tmp_path / "sweep.yaml"), "--cluster", with_settings()]) == 0
     folder = open_sweep(str(tmp_path / "sweep"))
     assert folder is not None
-    first, second, third, _ = folder.trials()
+    first, second, third = folder.trials()
     there = cluster_folder(name)
 
     def shown() -> str:
         return str(table(folder, capsys))
 
     wait_for(lambda: record.read(second)["state"] == "RUNNING", 400, shown)
-    drain(there, second)
-    wait_for(lambda: record.read(first)["step"] >= 12, 400, shown)
+    drain(there, second, lambda: wait_for(lambda: record.read(second)["step"] >= 1, 400, shown))
+    wait_for(lambda: record.read(first)["step"] >= 16, 400, shown)
     rank = next(p for p in watchers(folder) if p.cmdline()[-2:] == ["trebuchet.launcher.worker", str(first.root)])
     rank.kill()
-    wait_for(lambda: record.read(third)["state"] == "RUNNING", 400, shown)
-    assert cli.main(["cancel", str(third.root)]) == 0
-    wait_for(lambda: record.read(third)["state"] == "CANCELLED", 400, shown)
-    wait_for(lambda: record.read(first)["state"] == "SUCCEEDED", 400, shown)
     wait_for(lambda: bool(record.read(second).get("not_worth_it")), 400, shown)
+    wait_for(lambda: record.read(first)["state"] == "SUCCEEDED", 400, shown)
+    wait_for(lambda: record.read(third)["step"] >= 1, 400, shown)
     os.kill(driver_of(folder).pid, signal.SIGKILL)
     wait_for(lambda: not watchers(folder), 60, lambda: f"trials of a dead driver to end: {watchers(folder)}")
     wait_for(lambda: not groups_of(there), 30, lambda: f"places of a dead driver: {groups_of(there)}")
@@ -131,9 +142,7 @@ def test_trials_survive_lost_ranks_and_nodes_poor_ones_end_early_and_a_killed_dr
         found
     )
     lost, after = record.read(first)["attempts"][:2]
-    assert lost["kind"] == "node" and after["first_step"] >= 12 - 6, record.read(first)[
-        "attempts"
-    ]  # from its checkpoint
+    assert lost["kind"] == "node" and after["first_step"] >= 15, record.read(first)["attempts"]  # from its checkpoint
     drained, after = record.read(second)["attempts"][:2]
     assert (drained["kind"], drained["state"]) == ("drained", "PREEMPTED"), record.read(second)["attempts"]
     assert after["first_step"] == drained["last_step"] > 0  # nothing is lost with a notice
