@@ -116,9 +116,8 @@ def trial(config: dict[str, Any]) -> None:
             told = True
             process.send_signal(signal.SIGUSR1)
     if told and record.read(folder)["state"] == JobState.PENDING:
-        os._exit(
-            1
-        )  # the death of an actor whose node is taken back is no failure to Tune, which starts the trial elsewhere
+        # To Tune the death of an actor whose node is taken back is no failure; it starts the trial elsewhere.
+        os._exit(1)
     if rows:  # so that the driver can tell a trial that ended from one that Tune ended
         tune.report({config["metric"]: rows[-1]["value"], "percent": 100 * rows[-1]["step"] / steps, "ended": True})
 
