@@ -114,6 +114,8 @@ def here(subjects: Sequence[Subject], asked: Asked, cluster: None = None) -> lis
             found: dict[str, Any] = {"result": row(subjects, asked, number), "error": None}
         except TrebuchetError as problem:
             found = {"result": None, "error": str(problem)}
+        except Exception as problem:  # of the libraries that open a model: a file that is missing or damaged
+            found = {"result": None, "error": f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"}
         rows.append(found)
     return [in_table(subject, found) for subject, found in zip(subjects, rows, strict=True)]
 
