@@ -101,7 +101,7 @@ def test_nodes_come_are_replaced_and_go(
     wait_for(lambda: len(record.read(run)["attempts"]) > 1, 400, lambda: f"a second attempt; {record.read(run)}")
     there = record.read(run)["attempts"][1]["first_step"]
     wait_for(lambda: record.read(run)["step"] >= there + 2, 400, lambda: f"more steps; {record.read(run)}")
-    assert lost not in nodes_of(folder) and len(nodes_of(folder)) == 2
+    wait_for(lambda: lost not in nodes_of(folder) and len(nodes_of(folder)) == 2, 60, lambda: f"{nodes_of(folder)}")
     words = {"trebuchet.ray_cluster.driver", str(run.root)}
     next(p for p in psutil.process_iter(["cmdline"]) if words <= set(p.info["cmdline"] or ())).kill()
     wait_for(lambda: not nodes_of(folder), 90, lambda: f"nodes of a dead driver to end; {ray_jobs.jobs(folder)}")
