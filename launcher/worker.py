@@ -51,6 +51,8 @@ def main(run: str, until: int | None = None) -> int:
     node = None
     try:
         plan = at_this_world(Plan.model_validate_json(folder.plan.read_text(encoding="utf-8")))
+        assert plan.chosen is not None
+        leave_out(plan.chosen.parallel)
         finished = train(folder, plan, until)
         code, error = (0, None) if finished else (STOPPED, None)
     except TrebuchetError as problem:
@@ -125,6 +127,13 @@ def at_this_world(plan: Plan) -> Plan:
     if chosen.elastic is None or not chosen.elastic[0] <= world <= chosen.elastic[1]:
         return plan
     return plan.model_copy(update={"chosen": chosen.at_world(world, plan.config.optimization.global_batch_size)})
+
+
+def leave_out(parallel: str) -> None:
+    """Saving a model makes accelerate import DeepSpeed where it is installed, with all that DeepSpeed imports (MLflow), to ask whether the
+    model is one of its own; a layout that does not use it has better things to do with 2 s of a core. Only in a process of one run."""
+    if parallel != "zero3":
+        sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # what the import system takes for "not there"
 
 
 def drop_harmless_lines() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,17 @@ def test_two_interrupts_end_the_ranks_at_once(folder: RunFolder) -> None:
     record.begin_attempt(folder, HERE + "1", ranks=process.pid)
     assert local.close(folder, "without a word", ended_by_user=True) == 130
     assert record.read(folder)["state"] == "CANCELLED" and not folder.stop.exists()
+
+
+@pytest.mark.parametrize(("parallel", "found"), [("none", False), ("ddp", False), ("fsdp2", False), ("zero3", True)])
+def test_a_rank_looks_for_deepspeed_only_where_it_uses_it(parallel: str, found: bool) -> None:
+    """In a process of its own, as a rank is: what a library asks that may use DeepSpeed where there is one."""
+    if find_spec("deepspeed") is None:
+        pytest.skip("the extra `deepspeed` is not installed")
+    asked = (
+        f"from trebuchet.launcher import worker; worker.leave_out({parallel!r}); from importlib.util import find_spec; "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", asked + "print(find_spec('deepspeed') is not None)"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(found), done.stderr
