@@ -168,6 +168,33 @@ def test_long_answers_are_cut_with_a_count() -> None:
     assert len(lines) == 5 and lines[0] == "  tuned     | 0" and lines[-1].endswith("… (36 more lines)")
 
 
+def test_a_controller_is_asked_ever_more_rarely(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten minutes of `logs -f` of a job of Slurm, on a clock that does not wait; the end stands in the record and is seen at once."""
+    record.update(folder, submitted="slurm://there/1", state=JobState.RUNNING.value)
+    now, asked = 0.0, []
+
+    class Clock:
+        def monotonic(self) -> float:
+            return now
+
+        def sleep(self, seconds: float) -> None:
+            nonlocal now
+            now += seconds
+            if now >= 600:
+                record.update(folder, state=JobState.SUCCEEDED.value)
+
+    def state(run: RunFolder) -> JobState:
+        asked.append(now)
+        return JobState.RUNNING
+
+    monkeypatch.setattr(logs, "time", Clock())
+    monkeypatch.setattr(api, "current_state", state)
+    assert list(logs.lines(folder, follow=True)) == [] and now < 601
+    waits = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    assert waits[0] < 1 and waits[-1] == pytest.approx(30, abs=logs.POLL_S) and len(asked) < 40
+    assert all(later >= earlier - 2 * logs.POLL_S for earlier, later in zip(waits, waits[1:], strict=False))
+
+
 def test_two_interrupts_end_the_ranks_at_once(folder: RunFolder) -> None:
     """The first is a wish; the second ends a rank that does not listen."""
     deaf = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"

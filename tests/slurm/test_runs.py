@@ -16,6 +16,7 @@ import yaml
 from trebuchet.launcher import api, cli, record
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import open_run
+from trebuchet.slurm import states
 
 from .cluster import SlurmCluster
 from .conftest import HERE
@@ -176,15 +177,25 @@ def test_waiting_jobs_and_refusals(
     tiny_config: Config,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Cancelled in the queue; refused by sbatch; many states with one question."""
+    real, asked = states.call, []
+
+    def counted(*words: str, **options: Any) -> str:
+        asked.append(words[0])
+        return real(*words, **options)
+
+    monkeypatch.setattr(states, "call", counted)
     runs = [
         submit(tiny_config(output=str(tmp_path / "runs" / str(i))), cluster_file(extra=["--hold"])) for i in range(3)
     ]
     assert {api.current_state(run) for run in runs} == {JobState.PENDING}
     assert cli.main(["cancel", str(runs[0].root)]) == 0 and "taken from the queue" in capsys.readouterr().out
     slurm.ask("scancel", record.read(runs[1])["submitted"].rpartition("/")[2])
+    asked.clear()
     assert cli.main(["list", "--json", str(tmp_path / "runs")]) == 0
+    assert asked.count("squeue") == 1, asked
     listed = {entry["run"]: entry["state"] for entry in json.loads(capsys.readouterr().out)}
     assert listed == {"0": "CANCELLED", "1": "CANCELLED", "2": "PENDING"}
     slurm.ask("scancel", record.read(runs[2])["submitted"].rpartition("/")[2])
