@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -190,9 +191,9 @@ def test_a_controller_is_asked_ever_more_rarely(folder: RunFolder, monkeypatch: 
     monkeypatch.setattr(logs, "time", Clock())
     monkeypatch.setattr(api, "current_state", state)
     assert list(logs.lines(folder, follow=True)) == [] and now < 601
-    waits = [after - before for before, after in zip(asked, asked[1:], strict=False)]
+    waits = [after - before for before, after in itertools.pairwise(asked)]
     assert waits[0] < 1 and waits[-1] == pytest.approx(30, abs=logs.POLL_S) and len(asked) < 40
-    assert all(later >= earlier - 2 * logs.POLL_S for earlier, later in zip(waits, waits[1:], strict=False))
+    assert all(later >= earlier - 2 * logs.POLL_S for earlier, later in itertools.pairwise(waits))
 
 
 def test_two_interrupts_end_the_ranks_at_once(folder: RunFolder) -> None:
