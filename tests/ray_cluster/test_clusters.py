@@ -70,7 +70,7 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
 
     run = RunFolder(
         api.submit(
-            tiny_config(LONG | {"optimization.max_steps": 30}, output=str(tmp_path / "run")), cluster=ray_local
+            tiny_config(LONG | {"optimization.max_steps": 20}, output=str(tmp_path / "run")), cluster=ray_local
         ).folder
     )
     wait_for(lambda: record.read(run)["step"] >= 7, 400, lambda: f"step 7: {record.read(run)}")
@@ -89,7 +89,7 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
     assert cli.main(["resume", str(run.root)]) == 0
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end: {record.read(run)}")
     found = record.read(run)
-    assert (found["state"], found["step"], run.model.is_dir()) == ("SUCCEEDED", 30, True), found
+    assert (found["state"], found["step"], run.model.is_dir()) == ("SUCCEEDED", 20, True), found
     assert found["attempts"][0]["state"] == "NODE_FAIL" and found["attempts"][-1]["first_step"] >= 5
     before = processes(folder)
     assert cli.main(["cluster", "down", ray_local]) == 0

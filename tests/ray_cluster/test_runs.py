@@ -29,6 +29,9 @@ LONG = {
     "evaluation.generations": 0, "checkpointing.every": 5, "data.eval": 0, "tracking": [],
 }  # fmt: skip
 
+# How long Ray Train waits for a group of the old size before it starts a smaller one (30 s elsewhere): ranks start fast here.
+ELASTIC = {"workers": [1, 3], "environment": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "12"}}
+
 
 def losses(folder: RunFolder) -> dict[int, float]:
     rows = map(json.loads, folder.metrics.read_text(encoding="utf-8").splitlines())
@@ -78,7 +81,7 @@ def test_resized_up_and_down_with_a_lost_rank_between(
     name = ray_cluster.stem
     clusters.resize(name, 1)
     run = RunFolder(
-        api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(workers=[1, 3])).folder
+        api.submit(tiny_config(LONG, output=str(tmp_path / "run")), cluster=with_settings(**ELASTIC)).folder
     )
     wait_for_world(run, 1)
     clusters.resize(name, 2)
