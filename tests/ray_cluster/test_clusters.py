@@ -86,6 +86,7 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
     assert "NODE_FAIL" in shown and f"trebuchet resume {run.root}" in shown
     assert cli.main(["cluster", "up", ray_local]) == 0
     assert gone(before)
+    clusters.resize(ray_local, 1)
     assert cli.main(["resume", str(run.root)]) == 0
     wait_for(lambda: api.current_state(run).ended, 400, lambda: f"the end: {record.read(run)}")
     found = record.read(run)
