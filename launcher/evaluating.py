@@ -53,8 +53,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             print("\n".join(comparison(figures)))
         return 0
-    ask = on_cluster if options.cluster else here
-    rows = ask(subjects, asked, options.cluster)
+    rows = on_cluster(subjects, asked, options.cluster) if options.cluster else here(subjects, asked)
     beside = Path(subjects[0][0]).parent / "evaluations.jsonl"
     file = Path(options.output).expanduser().absolute() if options.output else beside
     record.write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -105,7 +104,7 @@ def row(subjects: Sequence[Subject], asked: Asked, number: int) -> dict[str, Any
     return numbers | {key: figures.get(key) for key in ("verdict", "verdicts", "compared", "harness")}
 
 
-def here(subjects: Sequence[Subject], asked: Asked, cluster: None = None) -> list[dict[str, Any]]:
+def here(subjects: Sequence[Subject], asked: Asked) -> list[dict[str, Any]]:
     """One after the other; one that cannot be asked is a row with its reason and stops no other."""
     rows = []
     for number, subject in enumerate(subjects):

@@ -133,7 +133,8 @@ def leave_out(parallel: str) -> None:
     """Saving a model makes accelerate import DeepSpeed where it is installed, with all that DeepSpeed imports (MLflow), to ask whether the
     model is one of its own; a layout that does not use it has better things to do with 2 s of a core. Only in a process of one run."""
     if parallel != "zero3":
-        sys.modules.setdefault("deepspeed", None)  # type: ignore[arg-type]  # what the import system takes for "not there"
+        modules: dict[str, Any] = sys.modules
+        modules.setdefault("deepspeed", None)  # what the import system takes for "not there"
 
 
 def drop_harmless_lines() -> None:

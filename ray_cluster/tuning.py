@@ -125,9 +125,9 @@ def trial(config: dict[str, Any]) -> None:
 def taken_back() -> bool:
     """Whether the node of this process is being drained: `ray drain-node`, a preempted Slurm job. As Ray Train itself asks."""
     import ray
+    from ray._private import state
 
-    node = ray.get_runtime_context().get_node_id()
-    return node in (ray._private.state.state.get_draining_nodes() or {})
+    return ray.get_runtime_context().get_node_id() in (state.state.get_draining_nodes() or {})
 
 
 def evaluations(metrics: Path, key: str) -> list[dict[str, Any]]:
