@@ -1,7 +1,7 @@
 """Memory of a run, predicted beside measured: by phase, and what the predicted peak is made of.
 
 On a GPU both are PyTorch's allocated bytes. On a CPU the measured one is the resident memory of the whole process, so the plan's
-allowance for interpreter and libraries is added to each predicted phase, and memory that was freed may still be resident.
+allowance for interpreter and libraries is added to each predicted phase; how far memory that was freed is in it, the note says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,15 @@ PHASES = {
     "optimizer_step": "optimizer step",
     "checkpoint_save": "checkpoint save",
 }
+
+GIVEN_BACK = (
+    "Optimizer step and save are those of the first steps, before which freed memory was given back to the system; in the other "
+    "phases memory that was freed may still be resident."
+)
+RESIDENT = (
+    "Memory that was freed stays resident, so optimizer step and save show what the phase before them held: only the largest bar "
+    "is a measurement of its phase."
+)
 
 
 def phases(run: Run) -> Chart | None:
@@ -48,8 +57,9 @@ def phases(run: Run) -> Chart | None:
     if cpu:
         note = (
             f"Resident memory of the largest process; {measured['before_gib']:.2f} GiB of it, mostly libraries, were there before "
-            f"loading began, and the plan allows {allowance:.2f} for that. Memory that was freed may stay resident into the next phase."
+            f"loading began, and the plan allows {allowance:.2f} for that. "
         )
+        note += GIVEN_BACK if measured.get("given_back") else RESIDENT
     return Chart(
         id="phases",
         title="Memory by phase",
