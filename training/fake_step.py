@@ -29,8 +29,8 @@ from ..launcher.model_spec import table_config
 from ..launcher.plan import Chosen, Plan
 from ..strategies import fsdp2, prepare, streaming
 from ..strategies.fake_memory import StorageTracker, fake_nf4, materialize
+from .fake_batch import fake_sums
 from .fake_depth import DEPTHS, WHOLE_UP_TO, Timeline, alike, at_depth, cut
-from .objectives import make
 from .optim import make_optimizer
 
 
@@ -89,9 +89,11 @@ def refuse(plan: Plan) -> None:
             "--probe cannot run DeepSpeed, whose buffers are not made by torch operators; probe FSDP2 instead: "
             "--set strategy.parallel=fsdp2 --set strategy.offload=none."
         )
-    if config.objective.name not in ("sft", "pretrain"):
+    if config.objective.name == "reward":
+        raise UserError("--probe knows no score heads; a dpo of the same pairs costs as much: --set objective=dpo.")
+    if config.objective.reference_for(chosen.method) == "copy":
         raise UserError(
-            f"--probe runs a step of language modelling, and the objective is {config.objective.name}: --set objective=sft."
+            "--probe holds one model, and objective.reference: copy is a second one: --set objective.reference=auto."
         )
     if chosen.method == "qlora" and config.strategy.quant.type != "nf4":
         raise UserError("--probe knows NF4 layers only: --set strategy.quant.type=nf4.")
@@ -173,18 +175,12 @@ def build(plan: Plan, layers: int) -> Any:
 
 
 def _loss(plan: Plan, net: nn.Module) -> Tensor:
-    chosen, config = plan.chosen, plan.config
+    chosen = plan.chosen
     assert chosen is not None
-    shape = (chosen.micro_batch, config.data.max_length)
-    ids = torch.zeros(shape, dtype=torch.long)
-    # Fake position ids are taken for those of packed rows, which get a mask; without them transformers makes none.
-    positions = ids.clone() if config.data.packing and chosen.device == "cuda" else None
-    batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
     dtype = prepare.compute_dtype(chosen.precision)
     casts = dtype != torch.float32 and not (chosen.parallel == "fsdp2" and chosen.method == "full")
     with torch.autocast("cpu", dtype=dtype, enabled=casts):
-        outcome = make(config.objective)(net, batch, kernels=config.strategy.kernels != "off")
-        return outcome.sums.sum()
+        return fake_sums(plan, net)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ STATES = {"SUCCEEDED": "good", "RUNNING": "first", "CANCELLED": "muted", "PREEMP
 
 
 def of_run(run: Run) -> list[Chart]:
-    figures = (loss, speed, rate, gradient, timeline, compared, evaluations, phases, memory, lengths)
+    figures = (loss, speed, rate, gradient, timeline, compared, evaluations, margin, moved, phases, memory, lengths)
     return [chart for figure in figures if (chart := figure(run)) is not None]
 
 
@@ -80,11 +80,27 @@ def gradient(run: Run) -> Chart | None:
 
 
 def _simple(run: Run, key: str, name: str, title: str, axis: str, colour: str) -> Chart | None:
-    found = [s for s in run.steps if key in s]
+    return _curve([s for s in run.steps if key in s], key, name, title, axis, colour)
+
+
+def margin(run: Run) -> Chart | None:
+    """Of pairs: how far the chosen side is ahead on the held-out rows."""
+    found = [e for e in run.evaluations if "eval_margin" in e]
+    return _curve(found, "eval_margin", "margin", "Held-out margin while it trains", "chosen over rejected", "third")
+
+
+def moved(run: Run) -> Chart | None:
+    """Where the divergence from the base chooses the weights, it is measured on the way."""
+    found = [e for e in run.evaluations if "kl_nats" in e]
+    title = "Away from the base while it trains"
+    return _curve(found, "kl_nats", "moved", title, "nats per token, on general prompts", "fourth")
+
+
+def _curve(found: list[dict[str, Any]], key: str, name: str, title: str, axis: str, colour: str) -> Chart | None:
     if not found:
         return None
     values = [s[key] for s in found]
-    alt = f"{title} over {len(found)} steps: between {min(values):.3g} and {max(values):.3g}, {values[-1]:.3g} at the end."
+    alt = f"{title}, {len(found)} times measured: between {min(values):.3g} and {max(values):.3g}, {values[-1]:.3g} at the end."
     rows = [(s["step"], f"{s[key]:.4g}") for s in sampled(found)]
     data = [line(title, [s["step"] for s in found], values, colour)]
     return Chart(id=name, title=title, alt=alt, data=data, layout=axes("step", axis), columns=("step", axis), rows=rows)

@@ -36,10 +36,7 @@ def phases(run: Run) -> Chart | None:
     allowance = memory["process_gib"] - memory["peak_allocated_gib"] if cpu else 0.0
     names = [name for name in PHASES if name in memory["phases"]]
     labels = [PHASES[name] for name in names]
-    short = [
-        label.replace(" ", "<br>", 1) if label.count(" ") < 2 else label.replace(" and ", "<br>and ")
-        for label in labels
-    ]
+    short = [label.replace(" ", "<br>") for label in labels]  # narrow enough for a phone
     predicted = [memory["phases"][name] + allowance for name in names]
     real = [found.get(name) for name in names]
     data = [
@@ -65,7 +62,7 @@ def phases(run: Run) -> Chart | None:
         title="Memory by phase",
         alt=f"Peak memory of a rank in GiB by phase: {'; '.join(said)}.",
         data=data,
-        layout={"barmode": "group", "yaxis": {"title": {"text": "GiB per rank"}}},
+        layout={"barmode": "group", "yaxis": {"title": {"text": "GiB per rank"}}, "xaxis": {"tickangle": 0}},
         columns=("phase", "predicted GiB", "measured GiB", "difference"),
         rows=rows,
         note=note,

@@ -1,7 +1,8 @@
 """Several runs side by side: their curves in one chart, their settings on parallel axes, and which setting went with the loss.
 
-Importance is Spearman's rank correlation of a setting with the final held-out loss over the runs: what went along with it, not what
-caused it; below six runs it is noise and left out. Left out: runs of different data, whose losses do not compare.
+Importance is Spearman's rank correlation of a setting with the final held-out loss over the runs, or of a sweep's key with its
+metric over the trials: what went along with it, not what caused it; below six runs it is noise and left out. Left out: runs of
+different data, whose losses do not compare.
 """
 
 from __future__ import annotations
@@ -83,34 +84,48 @@ def curves(runs: Sequence[Run]) -> Chart | None:
 
 
 def parallel(runs: Sequence[Run]) -> Chart | None:
-    """Parallel coordinates of the settings that differ, coloured by the loss."""
-    scored = [(run, loss) for run in runs if (loss := final_loss(run)) is not None]
-    settings = differing([run for run, _ in scored]) if len(scored) >= 3 else {}
+    """Parallel coordinates of the settings that differ, and the loss."""
+    names, settings, losses = scored(runs)
+    return coordinates(names, settings, losses, "held-out loss") if len(names) >= 3 else None
+
+
+def importance(runs: Sequence[Run]) -> Chart | None:
+    _, settings, losses = scored(runs)
+    return correlations(settings, losses, "held-out loss")
+
+
+def scored(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[Any]], list[float]]:
+    """(names, settings that differ, final losses) of the runs that have one."""
+    found = [(run, loss) for run in runs if (loss := final_loss(run)) is not None]
+    return [run.name for run, _ in found], differing([run for run, _ in found]), [loss for _, loss in found]
+
+
+def coordinates(
+    names: Sequence[str], settings: dict[str, list[Any]], results: list[float], what: str, *, largest: bool = False
+) -> Chart | None:
+    """A line for each of `names` from setting to setting to its result; the best one thick. `largest`: more is better."""
     if not settings:
         return None
-    losses = [loss for _, loss in scored]
-    scales = {name: scale(values) for name, values in [*settings.items(), ("held-out loss", losses)]}
-    best = min(range(len(scored)), key=losses.__getitem__)
-    data, names = [], list(scales)
-    for i, (run, loss) in enumerate(scored):
-        heights = [scales[name][0][i] for name in names]
-        trace = line(
-            run.name, list(range(len(names))), heights, "first" if i == best else "muted", mode="lines+markers"
-        )
+    scales = {name: scale(values) for name, values in [*settings.items(), (what, results)]}
+    best = (max if largest else min)(range(len(names)), key=results.__getitem__)
+    data, axis = [], list(scales)
+    for i, (name, result) in enumerate(zip(names, results, strict=True)):
+        heights = [scales[key][0][i] for key in axis]
+        trace = line(name, list(range(len(axis))), heights, "first" if i == best else "muted", mode="lines+markers")
         trace["line"]["width"] = 3 if i == best else 1
-        data.append(trace | {"meta": run.name, "hovertemplate": plain(f"{run.name}: {loss:.4f}") + "<extra></extra>"})
+        data.append(trace | {"meta": name, "hovertemplate": plain(f"{name}: {result:.4g}") + "<extra></extra>"})
     data.append(data.pop(best))  # drawn last, over the others
     labels = [
         {"x": at, "y": y, "text": plain(text), "showarrow": False, "yanchor": anchor, "font": {"size": 11}}
-        for at, name in enumerate(names)
-        for y, text, anchor in ((-0.04, scales[name][1], "top"), (1.04, scales[name][2], "bottom"))
+        for at, key in enumerate(axis)
+        for y, text, anchor in ((-0.04, scales[key][1], "top"), (1.04, scales[key][2], "bottom"))
     ]
     layout = {
         "xaxis": {
-            "tickvals": list(range(len(names))),
-            "ticktext": [plain(name) for name in names],
+            "tickvals": list(range(len(axis))),
+            "ticktext": [plain(key).replace(".", ".<br>") for key in axis],
             "side": "top",
-            "range": [-0.3, len(names) - 0.7],
+            "range": [-0.3, len(axis) - 0.7],
         },
         "yaxis": {"visible": False, "range": [-0.16, 1.16]},
         "annotations": labels,
@@ -119,20 +134,56 @@ def parallel(runs: Sequence[Run]) -> Chart | None:
         "margin": {"l": 20, "r": 20, "t": 40, "b": 20},
     }
     rows = [
-        (run.name, *(values[i] for values in settings.values()), f"{loss:.4f}") for i, (run, loss) in enumerate(scored)
+        (name, *(values[i] for values in settings.values()), f"{result:.4g}")
+        for i, (name, result) in enumerate(zip(names, results, strict=True))
     ]
-    alt = f"Settings that differ between {len(scored)} runs ({', '.join(settings)}) on parallel axes; "
-    alt += f"{scored[best][0].name} has the lowest loss."
-    note = f"Each line is a run, from setting to loss; the thick one, {scored[best][0].name}, ended lowest."
-    columns = ("run", *settings, "held-out loss")
+    end = "highest" if largest else "lowest"
     return Chart(
         id="parallel",
-        title="Settings and loss",
-        alt=alt,
+        title=f"Settings and {what}",
+        alt=f"{', '.join(settings)} of {len(names)} runs on parallel axes; {names[best]} has the {end} {what}.",
         data=data,
-        columns=columns,
+        columns=("run", *settings, what),
         rows=rows,
         layout=layout,
+        note=f"Each line is a run, from setting to {what}; the thick one, {names[best]}, ended {end}.",
+    )
+
+
+def correlations(
+    settings: dict[str, list[Any]], results: list[float], what: str, *, largest: bool = False
+) -> Chart | None:
+    """Importance: a bar for each setting that is a number; green where larger values went with better results."""
+    if len(results) < FEWEST:
+        return None
+    found = {
+        name: spearman([float(v) for v in values], results)
+        for name, values in settings.items()
+        if all(isinstance(v, (int, float)) for v in values)
+    }
+    if not found:
+        return None
+    order = sorted(found, key=lambda name: abs(found[name]))
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "y": [plain(name) for name in order],
+            "x": [found[n] for n in order],
+            "marker": {"color": ["good" if (found[name] > 0) == largest else "bad" for name in order]},
+            "name": "correlation",
+        }
+    ]
+    alt = f"Rank correlation with the {what}: " + ", ".join(f"{n} {found[n]:+.2f}" for n in reversed(order)) + "."
+    note = f"Spearman's rank correlation over {len(results)} runs; above zero: larger values went with a higher {what}."
+    return Chart(
+        id="importance",
+        title=f"Which setting went with the {what}",
+        alt=alt,
+        data=data,
+        layout={"xaxis": {"range": [-1, 1], "title": {"text": "rank correlation"}}, "height": 120 + 36 * len(order)},
+        columns=("setting", "rank correlation"),
+        rows=[(n, f"{found[n]:+.3f}") for n in reversed(order)],
         note=note,
     )
 
@@ -150,43 +201,6 @@ def scale(values: Sequence[Any]) -> tuple[list[float], str, str]:
         numbers, texts = [float(words.index(str(v))) for v in values], (words[0], words[-1])
     span = max(numbers) - min(numbers)
     return [(n - min(numbers)) / span if span else 0.5 for n in numbers], *texts
-
-
-def importance(runs: Sequence[Run]) -> Chart | None:
-    scored = [(run, loss) for run in runs if (loss := final_loss(run)) is not None]
-    if len(scored) < FEWEST:
-        return None
-    losses = [loss for _, loss in scored]
-    found = {}
-    for name, values in differing([run for run, _ in scored]).items():
-        if all(isinstance(v, (int, float)) for v in values):
-            found[name] = spearman([float(v) for v in values], losses)
-    if not found:
-        return None
-    order = sorted(found, key=lambda name: abs(found[name]))
-    colours = ["bad" if found[name] > 0 else "good" for name in order]
-    data = [
-        {
-            "type": "bar",
-            "orientation": "h",
-            "y": order,
-            "x": [found[n] for n in order],
-            "marker": {"color": colours},
-            "name": "correlation",
-        }
-    ]
-    alt = "Rank correlation with the held-out loss: " + ", ".join(f"{n} {found[n]:+.2f}" for n in reversed(order)) + "."
-    note = f"Spearman's rank correlation over {len(scored)} runs; above zero: larger values went with a higher loss."
-    return Chart(
-        id="importance",
-        title="Which setting went with the loss",
-        alt=alt,
-        data=data,
-        layout={"xaxis": {"range": [-1, 1], "title": {"text": "rank correlation"}}, "height": 120 + 36 * len(order)},
-        columns=("setting", "rank correlation"),
-        rows=[(n, f"{found[n]:+.3f}") for n in reversed(order)],
-        note=note,
-    )
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

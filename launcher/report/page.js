@@ -21,6 +21,7 @@
       if (!at) continue;
       const layout = colours(figure.layout);
       const whole = { height: 290, margin: { l: 56, r: 14, t: 12, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: colour("ink"), size: 12, family: "system-ui, DejaVu Sans, sans-serif" }, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 }, hovermode: "closest", ...layout };
+      if (figure.data.length > 6) whole.height += 20 * Math.ceil((130 * figure.data.length) / at.clientWidth); // rows of the legend
       whole.xaxis = axis(layout.xaxis);
       whole.yaxis = axis(layout.yaxis);
       Plotly.react(at, colours(figure.data), whole, { responsive: true, displaylogo: false, displayModeBar: false });
@@ -52,9 +53,9 @@
     }
   };
 
-  const sort = (head) => {
+  const sort = (head, wanted) => {
     const column = [...head.parentNode.children].indexOf(head), body = head.closest("table").tBodies[0];
-    const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
+    const way = wanted || (head.getAttribute("aria-sort") === "ascending" ? -1 : 1);
     for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
     head.setAttribute("aria-sort", way === 1 ? "ascending" : "descending");
     const key = (row) => row.children[column].dataset.value || row.children[column].textContent.trim();
@@ -65,12 +66,25 @@
 
   document.addEventListener("input", (event) => { if (event.target.matches("[data-filter]")) filter(event.target); if (event.target.matches("[data-trace]")) hideTraces(); });
   document.addEventListener("click", (event) => { const head = event.target.closest(".sortable thead th"); if (head) sort(head); });
+  document.addEventListener("keydown", (event) => { if ((event.key === "Enter" || event.key === " ") && event.target.matches(".sortable thead th")) { event.preventDefault(); sort(event.target); } });
   document.getElementById("theme").addEventListener("click", () => { chosen = root.dataset.theme === "dark" ? "light" : "dark"; theme(); });
   dark.addEventListener("change", theme);
   let before = null;
   window.addEventListener("beforeprint", () => { before = root.dataset.theme; root.dataset.theme = "light"; draw(); });
   window.addEventListener("afterprint", () => { if (before) { root.dataset.theme = before; draw(); } });
   theme();
+
+  // What the reader has set on a page whose inside is about to be replaced: filters, order, open tables.
+  const all = (selector) => [...document.querySelectorAll(selector)];
+  const remembered = () => {
+    const filters = all("[data-filter]").map((input) => input.value), open = all("details").map((one) => one.open);
+    const orders = all(".sortable thead th").map((head) => head.getAttribute("aria-sort"));
+    return () => {
+      all("details").forEach((one, i) => { one.open = open[i] || false; });
+      all(".sortable thead th").forEach((head, i) => { if (orders[i]) sort(head, orders[i] === "ascending" ? 1 : -1); });
+      all("[data-filter]").forEach((input, i) => { input.value = filters[i] || ""; filter(input); });
+    };
+  };
 
   // The live page asks its own server for what is inside <main>, and takes it only when it has changed.
   const live = document.body.dataset.live;
@@ -84,10 +98,10 @@
           mark = answer.headers.get("ETag");
           const text = await answer.text();
           if (changed) {
-            const kept = [...document.querySelectorAll("[data-filter]")].map((input) => [input.dataset.filter, input.value]);
+            const again = remembered();
             document.getElementById("main").innerHTML = text;
-            for (const [name, value] of kept) { const input = document.querySelector(`[data-filter="${name}"]`); if (input) { input.value = value; filter(input); } }
             draw();
+            again();
           }
         }
         document.body.dataset.connected = "yes";

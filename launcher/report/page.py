@@ -131,6 +131,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def short(value: Any) -> Any:
+    """A number of a setting in four digits; anything else as it is."""
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def minute(moment: str) -> str:
+    """`2026-11-25 07:26 +0000` of a record's time."""
+    return f"{moment[:10]} {moment[11:16]} {moment[19:]}".strip()
+
+
 def as_script(value: Any) -> str:
     """JSON that is safe inside <script>: no tag, no comment and no entity can begin in it."""
     plain = json.dumps(value, ensure_ascii=False, allow_nan=False, default=str)
@@ -153,7 +163,7 @@ def environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     made.filters["duration"] = duration
-    made.filters["zip"] = zip
+    made.filters |= {"zip": zip, "short": short, "minute": minute}
     return made
 
 

@@ -1,4 +1,5 @@
-"""The page of a sweep: its table, the best trial, what each trial came to, the metric over each key, the curves of all trials.
+"""The page of a sweep: its table, the best trial, what each trial came to, the metric over each key and over all of them on parallel
+axes, which key went with it, the curves of all trials.
 
 Written at the end of a sweep and by `trebuchet report SWEEP`. Left out: how a figure is drawn (page.js), and single trials, which have
 pages of their own.
@@ -31,7 +32,7 @@ def body(sweep: SweepFolder, found: dict[str, Any]) -> str:
     made = [results(found)]
     made += [over(found, key, facts["space"][key], i) for i, key in enumerate(found["space"])]
     curves = compare.curves([run for run in runs if run.steps or run.evaluations])
-    shown = [chart for chart in (*made, curves) if chart is not None]
+    shown = [chart for chart in (*made, *together(found), curves) if chart is not None]
     return (
         environment()
         .get_template("sweep.jinja")
@@ -75,14 +76,30 @@ def results(found: dict[str, Any]) -> Chart | None:
     )
 
 
+def together(found: dict[str, Any]) -> list[Chart | None]:
+    """All keys of the space that differ on parallel axes, and how each went with the metric; of trials that came to their end."""
+    rows = [row for row in scored(found) if not row["stopped_early"] and set(found["space"]) <= set(row["values"])]
+    if len(rows) < 3:
+        return []
+    values = {key: [row["values"][key] for row in rows] for key in found["space"]}
+    settings = {key: column for key, column in values.items() if len(set(map(str, column))) > 1}
+    names, results, metric = [row["trial"] for row in rows], [row["value"] for row in rows], found["metric"]
+    largest = found["mode"] == "max"
+    return [
+        compare.coordinates(names, settings, results, metric, largest=largest),
+        compare.correlations(settings, results, metric, largest=largest),
+    ]
+
+
 def over(found: dict[str, Any], key: str, values: dict[str, Any], number: int) -> Chart | None:
-    """The metric over one key of the space; by logarithm where the key was drawn so."""
+    """The metric over one key of the space; by logarithm where the key was drawn so or spans more than a factor of 20."""
     rows = [row for row in scored(found) if key in row["values"]]
     if len({str(row["values"][key]) for row in rows}) < 2:
         return None
     x = [row["values"][key] for row in rows]
     numeric = all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in x)
-    kind = "log" if values.get("log_uniform") else "linear" if numeric else "category"
+    wide = numeric and 0 < min(x) < max(x) / 20
+    kind = "log" if values.get("log_uniform") or wide else "linear" if numeric else "category"
     data = [points(key, x if numeric else [plain(str(one)) for one in x], rows)]
     layout = axes(plain(key), plain(found["metric"]), showlegend=False)
     layout["xaxis"]["type"] = kind

@@ -13,7 +13,7 @@ from trebuchet.launcher.cli_plan import probe_lines
 from trebuchet.launcher.errors import UserError
 from trebuchet.launcher.model_spec import table_config
 from trebuchet.launcher.plan import Plan
-from trebuchet.launcher.probing import probe
+from trebuchet.launcher.probing import expected, probe
 from trebuchet.strategies.fake_memory import StorageTracker
 from trebuchet.training.fake_depth import DEPTHS, Timeline, at_depth
 from trebuchet.training.fake_step import fake_step
@@ -123,6 +123,34 @@ def test_parameters_on_the_host_of_one_gpu(method: str, tmp_path: Path) -> None:
     assert abs(found["difference"]) <= 0.05, found
 
 
+PAIRS = {
+    "full, FSDP2 over 8, precomputed": ("a100-80gb-8", "{method: full, parallel: fsdp2}"),
+    "LoRA, DDP of 8, adapters off": ("a100-80gb-8", "{method: lora, parallel: ddp}"),
+    "LoRA, FSDP2 over 8": ("a100-80gb-8", "{method: lora, parallel: fsdp2, checkpointing: none}"),
+    "QLoRA on one": ("rtx4090-1", "{method: qlora, checkpointing: full}"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("cell", PAIRS)
+def test_a_pair_costs_at_most_two_rows_of_sft(cell: str, objective: str, tmp_path: Path) -> None:
+    """Over layouts; other objectives and one process: tests/training/objectives/test_memory.py. And the formula knows it."""
+    cluster, strategy = PAIRS[cell]
+    name = tiny(tmp_path, **{**(table_config("meta-llama/Llama-3.1-8B") or {}), "num_hidden_layers": 3})
+    peaks = {}
+    for kind, rows in (("sft", 2), (objective, 1 if objective == "dpo" else 2)):
+        forced = [f"strategy={strategy}", f"objective={kind}", f"optimization.micro_batch={rows}"]
+        plan = planned(name, cluster, [*forced, "optimization.global_batch_size=16", "data.packing=false"])
+        assert plan.chosen is not None and plan.chosen.micro_batch == rows
+        found = fake_step(plan)
+        peaks[kind] = found.peak_bytes
+        if kind != "sft":
+            formula = max(expected(plan)[phase] for phase in found.phases)
+            assert abs(formula / found.peak_bytes - 1) <= 0.05
+    assert peaks[objective] <= 1.02 * peaks["sft"]
+
+
 def test_places_that_are_not_on_a_line_are_not_followed() -> None:
     steps = [{("forward", "first", 0, 0): 100 + 10 * depth, ("begin", "first", -1, 0): 7} for depth in DEPTHS]
     assert at_depth(steps, 80) == {("forward", "first", 0, 0): 900, ("begin", "first", -1, 0): 7}
@@ -174,7 +202,11 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
-    [(["strategy.parallel=zero3"], "cannot run DeepSpeed"), (["objective=dpo"], "runs a step of language modelling")],
+    [
+        (["strategy.parallel=zero3"], "cannot run DeepSpeed"),
+        (["objective=reward"], "knows no score heads"),
+        (["objective={name: dpo, reference: copy}"], "is a second one"),
+    ],
 )
 def test_what_cannot_be_probed_is_refused(tmp_path: Path, overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):

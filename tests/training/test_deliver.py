@@ -18,6 +18,8 @@ from trebuchet.launcher import api, cli, record, worker
 from trebuchet.launcher.errors import JobFailed, ModelError
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.training import gguf_file
+from trebuchet.training.card import card
+from trebuchet.training.finished import open_finished
 
 IDS = torch.arange(3, 43).view(2, 20)
 
@@ -106,6 +108,27 @@ def test_an_adapter_folder_comes_with_the_lines_that_serve_it(
     assert "library_name: peft" in card and "held-out" in card and str(tiny_model) not in card
     assert cli.main(["export", str(run), "--format", "adapter"]) == 2  # it is there already
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_card_names_data_plan_evaluation_and_the_licence_of_the_base(
+    run: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# a base\nlicense: other\n")
+    (base / "LICENSE").write_text("its text")
+    finished = open_finished(str(run))
+    assert "do not name a licence" in card(finished)
+    finished.__dict__["base"] = base
+    text, kept = card(finished), finished.record
+    assert yaml.safe_load(text.split("---")[1])["license"] == "apache-2.0"
+    assert "under `apache-2.0`; its licence text is beside this file (LICENSE)" in text
+    for source in kept["data"]["sources"]:
+        assert f"{source['rows']} rows for {source['used_for']}, fingerprint `{source['fingerprint']}`" in text
+    assert "| method | lora, none over 1 rank (cpu) |" in text and "| adapter | r 4, alpha" in text
+    for key in ("loss", "perplexity", "accuracy", "bits_per_byte"):
+        before, after = (kept["evaluation"][when][key] for when in ("before", "after"))
+        assert f"| {key.replace('_', ' ')} | {before:.4f} | {after:.4f} |" in text
+    assert np.exp(kept["evaluation"]["after"]["loss"]) == pytest.approx(kept["evaluation"]["after"]["perplexity"])
 
 
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])

@@ -116,22 +116,25 @@ def test_training_stops_early_and_the_best_weights_become_the_model(
     assert found["evaluation"]["after"]["loss"] == losses[best]
 
 
-@pytest.mark.parametrize("best", ["general", "letters"])
+@pytest.mark.parametrize("best", ["kl", "general", "letters"])
 def test_the_best_weights_by_what_was_forgotten_or_by_a_metric_of_answers(
     train: Callable[..., tuple[RunFolder, str | None]], tmp_path: Path, best: str
 ) -> None:
+    """By the divergence from the base the first weights are the best, since it only grows; then the run is stopped early too."""
     (tmp_path / "mine.py").write_text(
         "import zlib\ndef letters(answer, reference):\n    return zlib.crc32(answer.encode()) % 1000 / 1000\n"
     )
     name = f"{tmp_path}/mine.py:letters" if best == "letters" else best
     changes = {"optimization.max_steps": 24, "optimization.learning_rate": 1e-2, "evaluation.every": 6}
     changes |= {"evaluation.metrics": [f"{tmp_path}/mine.py:letters"], "evaluation.generations": 4}
+    changes["evaluation.stop_after"] = 2 if best == "kl" else None
     folder, failed = train({**changes, "evaluation.best": name, "checkpointing.keep": 1})
     assert failed is None
     key = {"kl": "kl_nats", "general": "general_loss"}.get(best, "eval_letters")
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     seen = {line["step"]: line[key] for line in lines if key in line}
-    assert list(seen) == [6, 12, 18, 24] and len(set(seen.values())) > 1
+    assert list(seen) == ([6, 12, 18] if best == "kl" else [6, 12, 18, 24]) and len(set(seen.values())) > 1
+    assert ("2 evaluations without" in (record.read(folder).get("stopped_early") or "")) == (best == "kl")
     assert best == "letters" or all("kl_nats" in line for line in lines if "eval_loss" in line)
     chosen = record.read(folder)["best"]["step"]
     assert seen[chosen] == (max if best == "letters" else min)(seen.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -28,11 +29,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., di
     """A finished run of each adapter method, eight steps each."""
     made = {}
     for method in ("lora", "qlora"):
-        changes = {
-            "strategy.method": method,
-            "strategy.lora": {"r": 8, "alpha": 16},
-            "optimization.learning_rate": 1e-2,
-        }
+        changes = {"strategy.method": method, "strategy.lora": {"r": 8, "alpha": 16}, "model.revision": "v7"}
+        changes |= {"optimization.learning_rate": 1e-2}
         root = tmp_path_factory.mktemp("runs") / method
         tree = tiny_config({**changes, "optimization.max_steps": 8, "tracking": []}, output=str(root))
         folder, plan = api.begin(tree)
@@ -52,6 +50,10 @@ def run_of(runs: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model.double()(IDS).logits
@@ -68,7 +70,9 @@ def opened(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_lora_merged_from_the_command_line_is_pefts_merge(run_of: Callable[[str], Path], tiny_model: Path) -> None:
+def test_lora_merged_from_the_command_line_is_pefts_merge(
+    run_of: Callable[[str], Path], tiny_model: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = run_of("lora")
     assert cli.main(["merge", str(run)]) == 0
     merged = opened(run / "merged")
@@ -80,6 +84,18 @@ def test_lora_merged_from_the_command_line_is_pefts_merge(run_of: Callable[[str]
     card = (run / "merged" / "README.md").read_text()
     assert f"{found['difference']['relative']:.3g}" in card and "original weights of the base" in card
     assert AutoTokenizer.from_pretrained(run / "merged").chat_template
+    # From the merged file back to the adapter, the base with its revision, the rows by their content, and the seed.
+    capsys.readouterr()
+    assert cli.main(["show", str(run), "--lineage", "--json"]) == 0
+    back = json.loads(capsys.readouterr().out)
+    assert back["merged"]["files"]["model.safetensors"] == sha256(run / "merged" / "model.safetensors")
+    adapter = sha256(run / "model" / "adapter_model.safetensors")
+    assert back["merged"]["adapter_files"]["adapter_model.safetensors"] == adapter
+    assert back["model"]["files"]["adapter_model.safetensors"] == adapter
+    assert back["base"] == {"name": str(tiny_model), "revision": "v7"} and back["seed"] == 0
+    sources = {one["used_for"]: one for one in back["data"]["sources"]}
+    assert sources["train"]["path"] == str(rows_file) and sources["train"]["rows"] == 40
+    assert all(one["fingerprint"] for one in sources.values()) and back["data"]["fingerprint"]
 
 
 @pytest.mark.parametrize("base", ["quantized", "original"])
@@ -133,14 +149,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "embedding-trained": {"modules_to_save": ["embed_tokens"]},
     "embedding-and-head-trained-tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
     "embedding-and-head-adapted": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
-    "biases": {
-        "bias": "none",
-        "lora_bias": False,
-        "target_modules": ["down_proj"],
-        "use_dora": True,
-        "use_rslora": True,
-    },
-}
+    "one-module": {"bias": "none", "lora_bias": False, "target_modules": ["down_proj"], "use_dora": True, "use_rslora": True},
+}  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore")

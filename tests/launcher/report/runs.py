@@ -17,11 +17,11 @@ SET = {"samples": 900, "tokens": 250_000, "trained_tokens": 60_000, "truncated":
        "rows": 130, "packing_efficiency": 0.97, "lengths": {}, "histogram": [[64, 120], [128, 500], [256, 280]]}  # fmt: skip
 
 
-def planned(rate: float, seed: int = 0) -> Plan:
+def planned(rate: float, seed: int = 0, model: str = "Qwen/Qwen2.5-0.5B-Instruct") -> Plan:
     optimization = {"learning_rate": rate, "seed": seed, "max_steps": 60}
     return api.plan(
         {
-            "model": "Qwen/Qwen2.5-0.5B-Instruct",
+            "model": model,
             "data": "train.jsonl",
             "output": "runs/x",
             "optimization": optimization,
@@ -131,3 +131,18 @@ def write(
     record.end_attempt(folder, state, 0, None)
     record.update(folder, attempt={"ended": "2026-01-05T12:30:00+0000"})
     return folder
+
+
+def write_sweep(root: Path, rates: tuple[float, ...]) -> Path:
+    """A sweep over rate and seed, all trials done."""
+    points = [{"optimization.learning_rate": rate, "optimization.seed": i % 3} for i, rate in enumerate(rates)]
+    for number, (rate, point) in enumerate(zip(rates, points, strict=True)):
+        write(root / "trials" / f"{number:03d}", planned(rate, seed=int(point["optimization.seed"])))
+    facts = {
+        "sweep": root.name, "created": "2026-01-05T08:00:00+0000", "method": "grid", "metric": "eval_loss", "mode": "min", "parallel": 2,
+        "space": {"optimization.learning_rate": {"log_uniform": [1e-5, 3e-3]}, "optimization.seed": {"choice": [0, 1, 2]}},
+        "trials": points, "nodes": None, "seed": 0, "budget": {"hours": None, "price": None}, "stopping": None,
+        "cluster": "rtx4090-1", "scheduler": "local",
+    }  # fmt: skip
+    (root / "sweep.json").write_text(json.dumps(facts))
+    return root

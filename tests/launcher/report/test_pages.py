@@ -23,6 +23,7 @@ from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.launcher.ui import Server
 
 HOSTILE = "</script><script>window.owned = 1</script> <img src=x onerror='window.owned=2'> & \"q\" {{ 7*7 }} \u2028"
+RATES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3)
 CHARTS = {"loss", "speed", "rate", "gradient", "timeline", "compared", "evaluations", "phases", "memory", "lengths"}
 
 
@@ -30,7 +31,7 @@ CHARTS = {"loss", "speed", "rate", "gradient", "timeline", "compared", "evaluati
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven trials of different rates and seeds."""
     root = tmp_path_factory.mktemp("sweep")
-    for i, rate in enumerate((1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3)):
+    for i, rate in enumerate(RATES):
         made.write(root / f"trial-{i}", made.planned(rate, seed=i % 3))
     return root
 
@@ -120,9 +121,25 @@ def test_runs_side_by_side(browser: Browser, folder: Path, tmp_path: Path) -> No
     assert browser.script(lines.format("curves")) == browser.script(lines.format("parallel")) == 7
     browser.script("document.querySelector('[data-trace=\"trial-0\"]').click()")
     assert browser.script(lines.format("curves")) == 6
-    browser.script("document.querySelectorAll('.sortable th')[3].click()")
+    head = "document.querySelectorAll('.sortable th')[3]"
+    browser.script(
+        f"{head}.focus() || {head}.dispatchEvent(new KeyboardEvent('keydown', {{key: 'Enter', bubbles: true}}))"
+    )
     order = browser.script("[...document.querySelectorAll('[data-row=run] th')].map(t => t.textContent)")
     assert order[0] == "trial-2" and order[-1] == "trial-6"
+
+
+def test_the_trials_of_a_sweep_on_parallel_axes(browser: Browser, tmp_path: Path) -> None:
+    """By the keys of the space. The losses stand at |log10(rate) + 4|, so their ranks over the rates are 5.5 3 1 2 4 5.5 7."""
+    sweep = made.write_sweep(tmp_path / "sweep", RATES)
+    assert cli.main(["report", str(sweep)]) == 0
+    browser.open((sweep / "report.html").as_uri())
+    drawn = {"results", "key-0", "key-1", "parallel", "importance", "curves"}
+    assert set(browser.script(DRAWN)) == drawn and browser.complaints() == []
+    lines = browser.script("document.querySelector('#plot-parallel').data.map(t => [t.name, t.line.width])")
+    assert len(lines) == len(RATES) and [name for name, width in lines if width == 3] == ["002"]  # 1e-4
+    bars = browser.script("document.querySelector('#plot-importance').data.map(t => t.y.map((y, i) => [y, t.x[i]]))[0]")
+    assert dict(bars)["optimization.learning_rate"] == pytest.approx(12.5 / (28 * 27.5) ** 0.5)
 
 
 def test_what_users_wrote_stays_text(browser: Browser, tmp_path: Path) -> None:
@@ -224,20 +241,10 @@ def test_a_page_follows_a_run_that_trains(server: Server, browser: Browser) -> N
             "document.querySelector('h1') && document.querySelector('h1').textContent === 'now' && document.body.dataset.connected"
         )
     )
+    browser.script("document.querySelector('#training details summary').click()")
+    line = {"step": 21, "loss": 0.123, "lr": 1e-4, "grad_norm": 1, "tokens_per_s": 9000, "peak_memory_bytes": 2**30}
     with folder.metrics.open("a") as file:
-        file.write(
-            json.dumps(
-                {
-                    "step": 21,
-                    "loss": 0.123,
-                    "lr": 1e-4,
-                    "grad_norm": 1,
-                    "tokens_per_s": 9000,
-                    "peak_memory_bytes": 2**30,
-                }
-            )
-            + "\n"
-        )
+        file.write(json.dumps(line) + "\n")
     record.update(folder, step=21)
     assert browser.script(
         ready.format(
@@ -245,6 +252,15 @@ def test_a_page_follows_a_run_that_trains(server: Server, browser: Browser) -> N
         )
     )
     assert set(browser.script(DRAWN)) >= {"loss", "speed"} and browser.complaints() == []
+    assert browser.script("document.querySelectorAll('details[open]').length") == 1  # as the reader left it
+    # The list, ordered by the reader: newest is first, and by name it is last.
+    browser.open(server.address)
+    browser.script("document.querySelector('.sortable th').click()")
+    browser.script(ready.format("document.body.dataset.connected"))
+    record.update(folder, step=22)
+    cells = "[...document.querySelectorAll('[data-row=run]')].map(r => [r.children[0].textContent, r.children[2].textContent])"
+    assert browser.script(ready.format(f"({cells}).flat().some(text => text.startsWith('22'))"))
+    assert [name for name, _ in browser.script(cells)] == ["first", "now"]
 
 
 def test_two_hundred_runs_are_read_once_and_then_only_where_they_change(tmp_path: Path) -> None:

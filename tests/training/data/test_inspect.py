@@ -45,6 +45,38 @@ def test_trained_tokens_stand_between_marks(shown: Callable[..., str]) -> None:
     assert "masks: 9 by incremental" in out and "samples            9" in out and "packing" in out
 
 
+def test_the_counts_are_those_of_the_tokens_in_the_terminal_and_on_the_page(
+    shown: Callable[..., str], tmp_path: Path, by_template: Callable[[Path], Any]
+) -> None:
+    out = shown([talk(f"question {i} " * (1 + 3 * i), f"answer {i}") for i in range(9)])
+    page = tmp_path / "page.html"
+    assert cli.main(["data", "inspect", str(tmp_path / "inspect.yaml"), "--html", str(page)]) == 0
+    samples = by_template(tmp_path / "rows.jsonl")
+    lengths = [ids.shape[1] for ids, _, _ in samples]
+    tokens, trained = sum(lengths), sum(end - first for _, first, end in samples)
+    wanted = {
+        "tokens": f"{tokens:,}",
+        "trained": f"{trained:,} ({trained / tokens:.1%})",
+        "cut at max_length": "0",
+        "dropped": "0",
+    }
+    rows = re.search(r"packing +(\d+) rows, ([\d.]+)% full", out)
+    assert rows and tokens / (96 * int(rows[1])) == pytest.approx(float(rows[2]) / 100, abs=0.0006)  # max_length is 96
+    found = [(int(limit), int(n)) for limit, n in re.findall(r"up to (\d+) tokens +#* +(\d+)$", out, re.MULTILINE)]
+    text = page.read_text(encoding="utf-8")
+    for name, value in wanted.items():
+        assert (
+            re.search(rf"^  {name} +{re.escape(value)}$", out, re.MULTILINE)
+            and f"<td>{name}</td><td>{value}</td>" in text
+        )
+    below = 0
+    for limit, count in found:
+        assert count == sum(below < length <= limit for length in lengths)
+        assert re.search(rf"up to {limit} tokens</td>.*?</span> {count}</td>", text)
+        below = limit
+    assert sum(count for _, count in found) == 9 and len(found) > 1
+
+
 def test_a_terminal_gets_colour_and_no_escapes_of_the_data(shown: Callable[..., str]) -> None:
     from trebuchet.training.data.inspect import GREEN, Look, Piece, Shown
 
