@@ -141,7 +141,7 @@ def test_a_pair_costs_at_most_two_rows_of_sft(cell: str, objective: str, tmp_pat
     peaks = {}
     for kind, rows in (("sft", 2), (objective, 1 if objective == "dpo" else 2)):
         forced = [f"strategy={strategy}", f"objective={kind}", f"optimization.micro_batch={rows}"]
-        plan = planned(name, cluster, [*forced, "optimization.global_batch_size=16", "data.packing=false"])
+        plan = planned(name, cluster, [*forced, f"optimization.global_batch_size={8 * rows}", "data.packing=false"])
         assert plan.chosen is not None and plan.chosen.micro_batch == rows
         found = fake_step(plan)
         peaks[kind] = found.peak_bytes

@@ -131,6 +131,12 @@ def test_the_card_names_data_plan_evaluation_and_the_licence_of_the_base(
     assert np.exp(kept["evaluation"]["after"]["loss"]) == pytest.approx(kept["evaluation"]["after"]["perplexity"])
 
 
+def test_one_command_makes_an_adapter_run_a_model_for_plain_transformers(run: Path) -> None:
+    assert cli.main(["export", str(run), "--format", "hf"]) == 0
+    found, merged = (AutoModelForCausalLM.from_pretrained(run / name) for name in ("exports/hf", "merged"))
+    assert torch.equal(found(IDS).logits, merged(IDS).logits)
+
+
 @pytest.mark.parametrize("kind", ["Qwen2", "Qwen3", "Mistral"])
 def test_other_llama_shapes_are_read_back(tmp_path: Path, tiny_model: Path, kind: str) -> None:
     """Biases and head sizes that are not hidden / heads included; of the tokenizer every token."""

@@ -68,6 +68,11 @@ def test_a_run_is_called_better_and_its_rows_are_those_of_transformers(
     after = found["after"]
     assert after["accuracy"] == sum(rows["correct"]) / sum(rows["tokens"])
     assert after["bits_per_byte"] == pytest.approx(sum(rows["loss"]) / np.log(2) / sum(rows["bytes"]))
+    # The page of a run that trained, not of a written record: before and after, and every phase of memory where it is told.
+    assert cli.main(["report", str(folder.root)]) == 0
+    page = (folder.root / "report.html").read_text()
+    assert f"from {found['before']['loss']:.3f}" in page and f"<strong>{found['after']['loss']:.3f}" in page
+    assert ('id="plot-phases"' in page) == memory["by_phase"]
     # The same run, whole and for others: plain transformers opens it, and its card says what was found.
     assert cli.main(["export", str(folder.root), "--format", "hf"]) == 0
     exported = folder.exports / "hf"
