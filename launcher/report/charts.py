@@ -53,7 +53,7 @@ def loss(run: Run) -> Chart | None:
     alt = f"Training loss falls from {first['loss']:.3f} at step {first['step']} to {last['loss']:.3f} at step {last['step']}"
     alt = alt.replace("falls", "goes") if last["loss"] > first["loss"] else alt
     alt += f"; held-out loss goes from {held[0][1]:.3f} to {held[-1][1]:.3f}." if held else "."
-    layout = axes("step", "loss (nats per token)", shapes=restarts(run))
+    layout = axes("step", run.loss_label, shapes=restarts(run))
     rows = [
         (s["step"], f"{s['loss']:.4f}", next((f"{v:.4f}" for at, v in held if at == s["step"]), ""))
         for s in sampled(run.steps)

@@ -47,6 +47,12 @@ class Run:
         return self.plan.get("config") or {}
 
     @property
+    def loss_label(self) -> str:
+        """Of an axis; only the losses of language modelling have a unit."""
+        kind = (self.config.get("objective") or {}).get("name", "sft")
+        return "loss (nats per token)" if kind in ("sft", "pretrain") else f"loss ({kind})"
+
+    @property
     def attempts(self) -> list[dict[str, Any]]:
         return list(self.record["attempts"])
 

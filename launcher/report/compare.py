@@ -77,7 +77,7 @@ def curves(runs: Sequence[Run]) -> Chart | None:
         title="Held-out loss of all runs",
         alt=alt,
         data=data,
-        layout=axes("step", "loss (nats per token)"),
+        layout=axes("step", labels.pop() if len(labels := {run.loss_label for run in runs}) == 1 else "loss"),
         columns=("run", "last step", "loss"),
         rows=rows,
     )

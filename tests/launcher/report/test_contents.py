@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_restarts_are_on_the_axis_of_steps_and_on_that_of_time(run: collect.Run,
     found = section(text, "training")
     assert "PREEMPTED 2026-01-05T08:00:00+0000 2026-01-05T10:30:00+0000 0 30 preempted" in found
     assert "SUCCEEDED 2026-01-05T11:00:00+0000 2026-01-05T12:30:00+0000 30 60" in found
+
+
+def test_only_losses_of_language_modelling_have_a_unit(run: collect.Run) -> None:
+    pairs = replace(run, plan=run.plan | {"config": run.config | {"objective": {"name": "dpo"}}})
+    labels = []
+    for runs in ([run], [pairs], [run, pairs], [pairs, pairs]):
+        figures = page.charts.of_run(runs[0]) if len(runs) == 1 else page.compare.of_runs(runs)
+        [chart] = [one for one in figures if one.id in ("loss", "curves")]
+        labels.append(chart.layout["yaxis"]["title"]["text"])
+    assert labels == ["loss (nats per token)", "loss (dpo)", "loss", "loss (dpo)"]
 
 
 def test_counts_masks_kernels_samples_and_environment(run: collect.Run, text: str) -> None:
