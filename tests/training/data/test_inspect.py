@@ -48,7 +48,7 @@ def test_trained_tokens_stand_between_marks(shown: Callable[..., str]) -> None:
 def test_the_counts_are_those_of_the_tokens_in_the_terminal_and_on_the_page(
     shown: Callable[..., str], tmp_path: Path, by_template: Callable[[Path], Any]
 ) -> None:
-    out = shown([talk(f"question {i} " * (1 + 3 * i), f"answer {i}") for i in range(9)])
+    out = shown([talk(f"{i} " * (1 + 3 * i), f"answer {i}") for i in range(9)])
     page = tmp_path / "page.html"
     assert cli.main(["data", "inspect", str(tmp_path / "inspect.yaml"), "--html", str(page)]) == 0
     samples = by_template(tmp_path / "rows.jsonl")
