@@ -141,9 +141,11 @@ def sweep(work: Path, watched: Any) -> dict[str, Any]:
         assert opened is not None
         until(lambda: sweep_text.table(opened)["state"] not in ("PENDING", "RUNNING"), 900, 0.3)
         ours = time.time() - began
+        watched.mark("last trial ended")
         until(lambda: not clusters.nodes(folder))
         zero = time.time() - began - ours
         table = sweep_text.table(opened)
+        watched.mark("plain ray.tune")
         peer = plain_tune(work, folder, config, rates)
         until(lambda: not clusters.nodes(folder))
     finished = table["counts"].get("SUCCEEDED", 0)
@@ -196,7 +198,7 @@ def elastic(work: Path, watched: Any) -> dict[str, Any]:
         reach(run, 1)
         for size in (3, 2):
             clusters.resize(cluster.name, size)
-            watched.mark(f"resize {size}")
+            watched.mark(f"resize to {size}")
             found[f"to_{size}_s_without_a_new_step"] = reach(run, size)
         clusters.resize(cluster.name, 3, at_most=True)
         found["kill"] = kill(run, folder, watched)

@@ -16,7 +16,7 @@ from trebuchet.ray_cluster import clusters
 from trebuchet.ray_cluster.state import cluster_folder
 
 LOOK_S = 0.25
-LEFT, WIDTH, HEIGHT, TOP, GAP = 48, 640, 90, 34, 74
+LEFT, WIDTH, HEIGHT, TOP, GAP = 48, 640, 90, 46, 88
 ROWS, HELD_OUT = 12_000, 64
 WORDS = ["north", "river", "stone", "amber", "willow", "copper", "harbour", "lantern", "meadow", "thunder"]
 CHATML = (
@@ -46,13 +46,17 @@ class Nodes:
         self.began = time.time()
 
         def look() -> None:
-            while not over.wait(LOOK_S):
-                with contextlib.suppress(ClusterError, SchedulerRefused):
-                    count = len(clusters.nodes(cluster_folder(name)))
-                    panel.times_s.append(time.time() - self.began)
-                    panel.nodes.append(count)
+            with contextlib.suppress(ClusterError, SchedulerRefused):
+                count = len(clusters.nodes(cluster_folder(name)))
+                panel.times_s.append(time.time() - self.began)
+                panel.nodes.append(count)
 
-        watcher = threading.Thread(target=look, daemon=True)
+        def watch() -> None:
+            while not over.wait(LOOK_S):
+                look()
+            look()  # what is waited for last is drawn too
+
+        watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
             yield
@@ -80,7 +84,7 @@ def drawn(panel: Watched, top: int) -> list[str]:
     span, most = max(panel.times_s[-1], 1.0), max(3, *panel.nodes)
     x = lambda second: LEFT + second / span * WIDTH  # noqa: E731
     y = lambda count: top + HEIGHT - count / most * HEIGHT  # noqa: E731
-    parts = [f'<text x="{LEFT}" y="{top - 14}" font-size="13">{escape(panel.title)}</text>']
+    parts = [f'<text x="{LEFT}" y="{top - 24}" font-size="13">{escape(panel.title)}</text>']
     for count in range(most + 1):
         parts.append(f'<line x1="{LEFT}" y1="{y(count)}" x2="{LEFT + WIDTH}" y2="{y(count)}" stroke="#e4e4e4"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(count) + 4}" text-anchor="end" fill="#555">{count}</text>')
@@ -97,9 +101,9 @@ def drawn(panel: Watched, top: int) -> list[str]:
     points.append(f"{x(panel.times_s[-1]):.1f},{y(panel.nodes[-1]):.1f}")
     for at, text in panel.marks:
         parts.append(
-            f'<line x1="{x(at):.1f}" y1="{top - 4}" x2="{x(at):.1f}" y2="{top + HEIGHT}" stroke="#c8553d" stroke-dasharray="4 3"/>'
+            f'<line x1="{x(at):.1f}" y1="{top - 14}" x2="{x(at):.1f}" y2="{top + HEIGHT}" stroke="#c8553d" stroke-dasharray="4 3"/>'
         )
-        parts.append(f'<text x="{x(at) + 4:.1f}" y="{top + 8}" fill="#c8553d">{escape(text)}</text>')
+        parts.append(f'<text x="{x(at) + 4:.1f}" y="{top - 6}" fill="#c8553d">{escape(text)}</text>')
     parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="#3b6ea5" stroke-width="2"/>')
     parts.append(f'<text x="{LEFT}" y="{top + HEIGHT + 34}" fill="#555">nodes over time</text>')
     return parts
