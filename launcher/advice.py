@@ -85,11 +85,6 @@ def _settings(config: TrainConfig, model: ModelSpec, ranks: int, chosen: Chosen 
         out.append(
             f"learning rate {chosen.learning_rate:g}: outside {low:g} to {high:g}, where {chosen.method} usually works; it {side}."
         )
-    if model.expert_params and chosen.parallel in ("fsdp2", "zero3"):
-        out.append(
-            f"experts: {chosen.parallel} reads each rank's part from the files, and refuses files that hold experts one by one, as most "
-            "on the Hub do; one device and ddp load them."
-        )
     if chosen.method != "full" and lora.r > 64:
         out.append(f"rank {lora.r}: above 64 there is little more to gain for what it costs.")
     return out

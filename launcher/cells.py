@@ -1,4 +1,4 @@
-"""Which cells of method x layout x offload x optimizer x device cannot work whatever the memory, and why, in words.
+"""Which cells of method x layout x offload x optimizer x objective x device cannot work whatever the memory, and why, in words.
 
 The one list of them: the planner refuses by it, so that nothing that cannot run reaches a rank. Each sentence names the limit and
 ends with what to choose instead. Left out: what fits (`strategies/memory.py`).
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .costing import Hardware, Layout, optimizer, precision, quantized
+from .model_families import FAMILIES
+from .model_spec import ModelSpec
 from .schema import TrainConfig
 
 ON_CPU = {
@@ -16,9 +18,12 @@ ON_CPU = {
 }
 
 
-def cannot(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> str | None:
+NF4_BLOCK = 64  # weights with one scale (kernels/nf4_linear.py)
+
+
+def cannot(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout) -> str | None:
     """Why a cell cannot work at all; None when it can."""
-    return next(_reasons(config, hardware, method, layout), None)
+    return next(_reasons(config, model, hardware, method, layout), None)
 
 
 def spell(layout: Layout) -> str:
@@ -26,7 +31,7 @@ def spell(layout: Layout) -> str:
     return where if layout.offload == "none" else f"{where} with {layout.offload} in host memory"
 
 
-def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
+def _reasons(config: TrainConfig, model: ModelSpec, hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
     name = optimizer(config)
     if hardware.device == "cpu":
         if config.model.attention == "flash_attention_2":
@@ -34,12 +39,14 @@ def _reasons(config: TrainConfig, hardware: Hardware, method: str, layout: Layou
         if name in ON_CPU:
             yield ON_CPU[name]
     yield from _layout(hardware, method, layout)
+    yield from _copies(config.strategy.dp_replicate, layout)
     yield from _states(name, layout)
     yield from _reference(config.objective.reference_for(method), method, layout)
     if layout.parallel == "zero3" and precision(config, hardware) == "fp16-mixed":
         yield "the loss scale of fp16 is the loop's, and DeepSpeed keeps one of its own; use fsdp2, or bf16 where there is"
     if quantized(config, method) == "int8":
         yield from _int8(layout)
+    yield from _model(config, model, method, layout)
 
 
 def _layout(hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
@@ -59,6 +66,39 @@ def _layout(hardware: Hardware, method: str, layout: Layout) -> Iterator[str]:
         yield f"strategy.dp_replicate {layout.replicate} does not divide {hardware.ranks} ranks"
     if layout.offload == "optimizer" and method != "full":
         yield "adapters' optimizer states are small; there is nothing to gain from moving them to the host"
+
+
+def _copies(wanted: int | str, layout: Layout) -> Iterator[str]:
+    if wanted in ("auto", 1):
+        return
+    if layout.parallel != "fsdp2":
+        yield f"strategy.dp_replicate {wanted} is a number of sharded copies, which {spell(layout)} has not; use fsdp2, or leave it on auto"
+    elif layout.shard == 1:
+        yield f"strategy.dp_replicate {wanted} is a copy on every rank, and nothing is left to shard; use ddp, or fewer copies"
+
+
+def _model(config: TrainConfig, model: ModelSpec, method: str, layout: Layout) -> Iterator[str]:
+    """What this model's layers cannot be put through."""
+    if config.objective.name == "reward" and model.model_type in FAMILIES and not FAMILIES[model.model_type].score:
+        yield f"transformers has no score model of the family {model.model_type}; take a base of another family"
+    if method == "full":
+        return
+    if config.strategy.lora.dropout and any(
+        one.kind != "linear" for one in model.adapted(config.strategy.lora.targets)
+    ):
+        yield (
+            "adapters of experts and routers are added to their weights, where there is no input to drop (PEFT refuses it); set "
+            "strategy.lora.dropout 0, or name the attention's layers in strategy.lora.targets"
+        )
+    if quantized(config, method) == "nf4" and layout.parallel in ("fsdp2", "zero3"):
+        odd = next(
+            (x for x in model.linears if x.kind == "linear" and x.in_features * x.out_features % NF4_BLOCK), None
+        )
+        if odd is not None:
+            yield (
+                f"{odd.name} is {odd.out_features} x {odd.in_features}, which does not divide into the {NF4_BLOCK} weights of an NF4 "
+                "scale, so it cannot be sharded in 4 bit; use ddp, or lora"
+            )
 
 
 def _states(name: str, layout: Layout) -> Iterator[str]:

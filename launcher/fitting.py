@@ -38,7 +38,7 @@ def fit(
             reason=f"{method}, {spell(layout)}: {reason}",
         )
 
-    impossible = cannot(config, hardware, method, layout)
+    impossible = cannot(config, model, hardware, method, layout)
     if impossible:
         return no(impossible)
     process, host = 0.0, 0.0

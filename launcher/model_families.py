@@ -20,7 +20,7 @@ class Family:
     `defaults` are what transformers assumes for a key that config.json leaves out (None: derived from the others).
     `qkv_bias`, `out_bias`, `mlp_bias` and `head_bias` are a constant or the config key that decides. `norms` counts the
     norm weights of hidden size in a block; `qk_norm` says whether query and key have one per head width or over all
-    heads.
+    heads; `score` whether transformers has a class for one score a row, which a reward model is.
     """
 
     defaults: Mapping[str, Any]
@@ -33,6 +33,7 @@ class Family:
     qk_norm: Literal["none", "head", "all"] = "none"
     fused: bool = False
     moe: Literal["none", "mixtral", "qwen3_moe", "phimoe"] = "none"
+    score: bool = True
 
 
 def _defaults(
@@ -62,7 +63,9 @@ _MISTRAL = _defaults("4096 14336 32 32 8 32000", positions=131072)
 # Defaults are those of the configuration classes in transformers 5.23.
 FAMILIES: dict[str, Family] = {
     "llama": Family(defaults=_LLAMA, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
-    "granite": Family(defaults=_LLAMA, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
+    "granite": Family(
+        defaults=_LLAMA, qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias", score=False
+    ),
     "mistral": Family(defaults=_MISTRAL),
     "mixtral": Family(defaults={**_MISTRAL, "num_local_experts": 8, "num_experts_per_tok": 2}, moe="mixtral"),
     "qwen2": Family(defaults=_defaults("4096 22016 32 32 32 151936", positions=32768), qkv_bias=True),

@@ -197,8 +197,8 @@ def layouts(config: TrainConfig, hardware: Hardware) -> Iterator[Layout]:
         every += [Layout("fsdp2", "params", copies, n // copies)]
     named = [x for x in every if want.parallel in ("auto", x.parallel) and want.offload in ("auto", x.offload)]
     if not named and want.parallel != "auto":  # what the user names is tried even where the policy would not
-        shard = {"fsdp2": n // copies, "zero3": n}.get(want.parallel, 1)
-        named = [Layout(want.parallel, "none" if want.offload == "auto" else want.offload, n // shard, shard)]
+        cut = {"fsdp2": (copies, n // copies), "zero3": (1, n)}.get(want.parallel, (n, 1))
+        named = [Layout(want.parallel, "none" if want.offload == "auto" else want.offload, *cut)]
     yield from named
 
 

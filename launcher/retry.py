@@ -73,4 +73,4 @@ def _rungs(chosen: Chosen) -> Iterator[Chosen]:
 
 def _can_offload(plan: Plan, hardware: Hardware, rung: Chosen, layout: Layout) -> bool:
     sharded = rung.parallel in ("fsdp2", "zero3") and hardware.device == "cuda"
-    return sharded and cannot(plan.config, hardware, rung.method, layout) is None
+    return sharded and cannot(plan.config, plan.model, hardware, rung.method, layout) is None

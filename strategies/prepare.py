@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels.nf4_linear import NF4Linear
-from . import streaming, zero3_read
+from . import checkpoint_names, streaming, zero3_read
 
 if TYPE_CHECKING:
     from ..kernels.patch import KernelReport
@@ -63,11 +63,11 @@ def prepare(
     torch.manual_seed(seed)  # adapters start from random A matrices: the same ones on every rank
     streamed = chosen.parallel in ("fsdp2", "zero3")
     made: dict[str, torch.Tensor] = {}
-    net = (
-        _skeleton(folder, model, strategy, chosen, score)
-        if streamed
-        else _load(folder, model, strategy, chosen, device, score)
-    )
+    sources: dict[str, checkpoint_names.Source] = {}
+    if streamed:
+        net, sources = _skeleton(folder, model, strategy, chosen, score)
+    else:
+        net = _load(folder, model, strategy, chosen, device, score)
     if score:
         from .score import add_score_places, small_scores
 
@@ -82,12 +82,10 @@ def prepare(
     if chosen.checkpointing != "none":
         _checkpoint_activations(net, chosen)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    fill: Callable[..., None] = partial(
-        streaming.fill, folder=folder, made=made, device=device, offload=chosen.offload == "params", seed=seed
-    )
+    reading: dict[str, Any] = {"folder": folder, "sources": sources, "made": made, "device": device, "seed": seed}
+    fill: Callable[..., None] = partial(streaming.fill, **reading, offload=chosen.offload == "params")
     if chosen.parallel == "zero3":
-        dtype = compute_dtype(chosen.precision)
-        fill = partial(zero3_read.read, folder=folder, made=made, dtype=dtype, device=device, seed=seed)
+        fill = partial(zero3_read.read, **reading, dtype=compute_dtype(chosen.precision))
     total = weights(net)
     return Prepared(model=net, kernels=report, trainable=trainable, total=total, fill=fill if streamed else None)
 
@@ -115,12 +113,16 @@ def weights(net: torch.nn.Module) -> int:
     return total
 
 
-def _skeleton(folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, score: bool) -> Any:
+def _skeleton(
+    folder: Path, model: Model, strategy: StrategyChoice, chosen: Chosen, score: bool
+) -> tuple[Any, dict[str, checkpoint_names.Source]]:
+    """(the model without memory, what of the files each of its tensors is made of)."""
     attention = ATTENTION[chosen.attention]
     net = streaming.skeleton(folder, model, dtype=storage_dtype(chosen), attention=attention, score=score)
+    sources = checkpoint_names.sources(net, folder)
     if chosen.method == "qlora":
         streaming.to_nf4(net, double=strategy.quant.double, compute_dtype=compute_dtype(chosen.precision))
-    return net
+    return net, sources
 
 
 def _load(

@@ -5,26 +5,25 @@ frequencies, must be computed). After sharding, `fill` gives each rank's shards 
 quantized on the way, piece by piece, so that no rank ever holds a whole matrix in 16 bit. Ranks exchange nothing but the absmax of
 a matrix, whose mean double quantization needs. The result equals quantizing the whole matrix at once, bit for bit.
 
-Left out: models whose checkpoint names its tensors unlike the modules (fused experts): they are refused with the names.
+Left out: what files call their tensors and how they cut them (checkpoint_names.py), and what adapters start from (adapter_start.py).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..kernels.nf4_linear import BLOCK, BLOCK2, NF4Linear, raw
+from .adapter_start import is_adapter, start_adapters
+from .checkpoint_names import Source, Stacked, held, rows_of
 from .layouts import LayoutError
+from .shards import gathered, own_rows
 
 if TYPE_CHECKING:
     from ..launcher.schema import Model
@@ -69,16 +68,23 @@ def to_nf4(net: Any, *, double: bool, compute_dtype: torch.dtype) -> None:
 
 
 def fill(
-    net: Any, *, folder: Path, made: Mapping[str, torch.Tensor], device: torch.device, offload: bool, seed: int
+    net: Any,
+    *,
+    folder: Path,
+    sources: Mapping[str, Source],
+    made: Mapping[str, torch.Tensor],
+    device: torch.device,
+    offload: bool,
+    seed: int,
 ) -> None:
     """Memory and values for every sharded parameter of `net` that is on meta. `net` is a causal LM, or PEFT's model around one.
-    `made`: tensors that no file has, by name.
+    `sources`: what of the files each tensor is made of. `made`: tensors that no file has, by name.
 
     Collective. With `offload` parameters stay in host memory. Raises LayoutError when the files lack a tensor.
     """
     materialize(net, device, torch.device("cpu") if offload else device)
     core = net.get_base_model() if hasattr(net, "get_base_model") else net
-    with torch.no_grad(), Weights(folder, made) as weights:
+    with torch.no_grad(), Weights(folder, sources, made) as weights:
         done: set[int] = set()
         for name, module in core.named_modules():
             if isinstance(module, NF4Linear):
@@ -120,50 +126,40 @@ def materialize(net: torch.nn.Module, device: torch.device, parameters: torch.de
             setattr(module, key, getattr(owner, name))
 
 
-def own_rows(parameter: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """(this rank's rows, number of the first) of a parameter sharded along its first dimension, or of a whole one."""
-    if not isinstance(parameter, DTensor):
-        return parameter.detach(), 0
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    local: torch.Tensor = parameter.to_local().detach()
-    return local, offset[0]
-
-
 class Weights:
     """The safetensors files of a folder, opened when needed; reads rows, never a file. `made` holds tensors that no file has."""
 
-    def __init__(self, folder: Path, made: Mapping[str, torch.Tensor]):
-        self.folder, self.made = folder, made
+    def __init__(self, folder: Path, sources: Mapping[str, Source], made: Mapping[str, torch.Tensor]):
+        self.folder, self.sources, self.made = folder, sources, made
         self.files: dict[str, Any] = {}
         self.where: dict[str, str] = {}
 
     def __enter__(self) -> Weights:
-        index = self.folder / "model.safetensors.index.json"
-        if index.exists():
-            self.where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            for file in sorted(self.folder.glob("*.safetensors")):
-                self.where |= dict.fromkeys(self._open(file.name).keys(), file.name)
+        self.where = held(self.folder)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.files.clear()
 
-    def _open(self, name: str) -> Any:
-        if name not in self.files:
-            self.files[name] = safe_open(self.folder / name, framework="pt")
-        return self.files[name]
+    def _slice(self, name: str) -> Any:
+        file = self.where[name]
+        if file not in self.files:
+            self.files[file] = safe_open(self.folder / file, framework="pt")
+        return self.files[file].get_slice(name)
 
     def rows(self, name: str, shape: torch.Size, start: int, count: int) -> torch.Tensor:
-        """Rows start to start + count of tensor `name`, in the file's dtype; its shape must be `shape`."""
+        """Rows start to start + count of the model's tensor `name`, in the file's dtype; its shape must be `shape`."""
         if name in self.made:
             return self.made[name][start : start + count]
-        if name not in self.where:
+        source = self.sources.get(name)
+        if source is None:
             raise LayoutError(
                 f"{self.folder} has no tensor {name}, so this model cannot be streamed onto shards; its checkpoint names its "
                 f"tensors in another way ({', '.join(sorted(self.where)[:3])}, …). Train it with --set strategy.parallel=ddp."
             )
-        found = self._open(self.where[name]).get_slice(name)
+        if isinstance(source, Stacked):
+            return rows_of(source, shape, start, count, lambda one: self._slice(one)[:])
+        found = self._slice(source)
         if list(found.get_shape()) != list(shape):
             raise LayoutError(f"{name} in {self.folder} is {found.get_shape()}, and config.json says {list(shape)}.")
         return found[start : start + count]
@@ -199,44 +195,10 @@ def quantize(module: NF4Linear, weights: Weights, name: str, device: torch.devic
         buffer.copy_(raw(values.float()))
 
 
-def gathered(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """The pieces [own rows] of all ranks that share `weight`, in order: [rows of weight]."""
-    if not isinstance(weight, DTensor):
-        return values
-    mesh: DeviceMesh = weight.device_mesh
-    group, ranks = mesh.get_group(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
-    most = math.ceil(weight.shape[0] / ranks)
-    padded = values.new_zeros(most)
-    padded[: len(values)] = values
-    out = values.new_empty(most * ranks)
-    dist.all_gather_single(out, padded, group=group)
-    return out[: weight.shape[0]]
-
-
-def start_adapters(core: Any, seed: int) -> None:
-    """A as PEFT starts it in one process from the same seed (Kaiming uniform, in the dtype of the base), B zero; each rank keeps its
-    rows. PEFT itself would put them on the meta device of their base."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in core.modules():
-            if not isinstance(getattr(module, "lora_A", None), torch.nn.ModuleDict) or "default" not in module.lora_A:
-                continue
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            first = torch.nn.Linear(a.shape[1], a.shape[0], bias=False).weight  # the constructors draw, too
-            torch.nn.Linear(b.shape[1], b.shape[0], bias=False)
-            torch.nn.init.kaiming_uniform_(first, a=math.sqrt(5))
-            base = getattr(module.base_layer, "compute_dtype", module.base_layer.weight.dtype)
-            rows, start = own_rows(a)
-            rows.copy_(first.to(base)[start : start + len(rows)])
-            own_rows(b)[0].zero_()
-
-
-def is_adapter(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
-
-
 def hub_name(name: str) -> str:
-    """The name of a tensor in the files: PEFT's wrappers taken away, of a layer with adapters and of one that is trained whole."""
+    """The name of a tensor in the model before PEFT wrapped it: of a layer with adapters, of experts in several wrappers, and of a
+    layer that is trained whole."""
     for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default."):
-        name = name.replace(wrapper, ".")
+        while wrapper in name:
+            name = name.replace(wrapper, ".")
     return name

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..kernels.nf4_linear import NF4Linear
-from . import streaming
+from . import adapter_start, streaming
+from .checkpoint_names import Source
 
 
 def read(
@@ -20,13 +21,14 @@ def read(
     cut: Callable[[torch.nn.Parameter], None],
     *,
     folder: Path,
+    sources: Mapping[str, Source],
     made: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
 ) -> None:
     """Every parameter of the skeleton read, or quantized, whole on `device` and cut before the next. Parameters that were one object
-    still are. Buffers go to `device`. `made`: tensors that no file has, by name."""
+    still are. Buffers go to `device`. `sources`: what of the files each tensor is made of. `made`: tensors that no file has, by name."""
     core = net.get_base_model() if hasattr(net, "get_base_model") else net
     real_ones: dict[int, torch.nn.Parameter] = {}
 
@@ -37,14 +39,14 @@ def read(
         module._parameters[key] = real_ones[id(before)] = real_ones[id(parameter)] = parameter
         return parameter
 
-    with torch.no_grad(), streaming.Weights(folder, made) as weights:
+    with torch.no_grad(), streaming.Weights(folder, sources, made) as weights:
         for name, module in core.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
             for key, parameter in list(module.named_parameters(recurse=False)):
-                if streaming.is_adapter(f"{name}.{key}"):
+                if adapter_start.is_adapter(f"{name}.{key}"):
                     real(module, key, torch.empty_like(parameter, device=device))
-        streaming.start_adapters(core, seed)
+        adapter_start.start_adapters(core, seed)
         for name, module in core.named_modules():
             if isinstance(module, NF4Linear):
                 both = [
@@ -58,7 +60,7 @@ def read(
                 if id(parameter) not in real_ones:
                     found = weights.rows(streaming.hub_name(f"{name}.{key}"), parameter.shape, 0, len(parameter))
                     cut(real(module, key, found.to(device, dtype)))
-                elif streaming.is_adapter(f"{name}.{key}"):
+                elif adapter_start.is_adapter(f"{name}.{key}"):
                     parameter.data = parameter.data.to(dtype)
                     cut(parameter)
                 else:

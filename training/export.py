@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
+from ..strategies.checkpoint_names import as_saved
 from ..strategies.layouts import Layout
 
 if TYPE_CHECKING:
@@ -91,22 +92,25 @@ def as_loaded(net: Any, dtype: torch.dtype) -> Iterator[None]:
 def stream(layout: Layout, beside: Path, dtype: torch.dtype, *, main: bool, shard_bytes: int) -> None:
     """A whole fine-tuned model as one Hugging Face folder, gathered tensor by tensor: rank 0 holds one file's worth at a time.
 
-    Every rank calls it. Tied tensors are written once, under the name that the model loads.
+    Every rank calls it. Tied tensors are written once, under the name that the model loads; experts one by one where the files of the
+    base held them so.
     """
     net: Any = layout.inside
     tied = set(getattr(net, "all_tied_weights_keys", None) or {})
-    numel = lambda t: getattr(t, "ds_numel", t.numel())  # noqa: E731  ZeRO-3 leaves empty tensors behind
-    sizes = {n: numel(t) * dtype.itemsize for n, t in net.state_dict(keep_vars=True).items() if n not in tied}
+    shape = lambda t: getattr(t, "ds_shape", t.shape)  # noqa: E731  ZeRO-3 leaves empty tensors behind
+    empty = {n: torch.empty(shape(t), dtype=dtype, device="meta") for n, t in net.state_dict(keep_vars=True).items()}
+    parts = {n: dict(as_saved(net, n, t)) for n, t in empty.items() if n not in tied}
+    sizes = {written: t.numel() * dtype.itemsize for of_one in parts.values() for written, t in of_one.items()}
     files = deal(sizes, shard_bytes)
     names = [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
     names = names if len(files) > 1 else ["model.safetensors"]
     last = {group[-1]: (name, group) for name, group in zip(names, files, strict=True)}
     held: dict[str, torch.Tensor] = {}
-    for name, tensor in layout.whole(sizes.__contains__):
-        if main:
-            held[name] = tensor.to("cpu", dtype).contiguous()
-            if name in last:
-                save_file(held, beside / last[name][0], metadata={"format": "pt"})
+    for name, tensor in layout.whole(parts.__contains__):
+        for written, part in as_saved(net, name, tensor.to("cpu", dtype)) if main else ():
+            held[written] = part.contiguous()
+            if written in last:
+                save_file(held, beside / last[written][0], metadata={"format": "pt"})
                 held.clear()
     if not main:
         return

@@ -57,13 +57,3 @@ def test_a_note_with_its_reason(examples: int, sections: dict[str, Any], words: 
 )
 def test_the_edges_are_inside(examples: int | None, sections: dict[str, Any]) -> None:
     assert plan(examples, **sections).advice == ()
-
-
-@pytest.mark.parametrize(
-    ("name", "cluster"), [("Qwen/Qwen3-30B-A3B", "a100-80gb-8"), ("meta-llama/Llama-3.1-8B", "a100-80gb-8")]
-)
-def test_experts_over_shards_are_said_to_need_files_of_their_own(name: str, cluster: str) -> None:
-    config = build_config({"model": name, "data": "t.jsonl"})
-    found = make_plan(config, load_model_spec(config.model), load_cluster(cluster))
-    assert found.chosen is not None and found.chosen.parallel == "fsdp2"
-    assert any("refuses files that hold experts one by one" in note for note in found.advice) == name.startswith("Qwen")

@@ -59,7 +59,7 @@ def test_the_same_as_asking_for_every_micro_batch(
     model, hardware = load_model_spec(config.model), hardware_of(config, cluster)
     for method, layout in candidates(config, hardware):
         found = fit(config, model, hardware, method, layout)
-        if cannot(config, hardware, method, layout):
+        if cannot(config, model, hardware, method, layout):
             assert isinstance(found, Rejected) and found.needed_gib is None
             continue
         fits, last = asked(config, model, hardware, method, layout)

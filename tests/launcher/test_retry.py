@@ -96,7 +96,7 @@ def test_every_rung_keeps_the_global_batch_and_they_end(
         changed = [n for n in ("micro_batch", "checkpointing", "offload") if getattr(a, n) != getattr(b, n)]
         assert len(changed) == 1
         layout = Layout(a.parallel, a.offload, a.dp_replicate, a.dp_shard)
-        assert cannot(after.config, hardware_of(after.config, after.cluster), a.method, layout) is None
+        assert cannot(after.config, after.model, hardware_of(after.config, after.cluster), a.method, layout) is None
         assert Plan.model_validate_json(after.model_dump_json()) == after
 
 

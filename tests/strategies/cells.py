@@ -4,8 +4,9 @@
 
 JOB.json: {"config": …, "out": FOLDER, "groups": [{"world": 2, "cells": {NAME: CELL}}]}, groups one after the other. A cell is
 {"strategy": keys of the YAML, "top": {section: keys}, "chosen": fields of the plan that a planner for a CPU would not choose (offload),
-"model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "shard_bytes": of an exported file, "evaluate", "export",
-"leave_out", "refused": true}. Each rank writes what it saw, by cell, into out/NAME-RANK.json.
+"model": FOLDER, "from": NAME, "steps": [first, last], "save": [step, …], "figures": {step: held-out loss to be believed after it},
+"shard_bytes": of an exported file, "evaluate", "export", "leave_out", "refused", "loaded", "take_best": true}. Each rank writes what it
+saw, by cell, into out/NAME-RANK.json.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
     chosen = loop.session.chosen.model_dump(mode="json")
     found: dict[str, Any] = {"chosen": chosen, "losses": [], "norms": [], "tokens": [], **observe(layout)}
     functional.reset_calls()
+    if cell.get("loaded"):
+        found["loaded"] = digests(layout, lambda name: ".lora_" not in name, packed=False)
     if cell.get("refused"):
         return {"error": refusal(loop)}
     done = loop.resume()
@@ -47,10 +50,17 @@ def run_cell(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: 
         if step == 2 and cell.get("evaluate"):  # training goes on as if there had been none
             loop.session.measure(loop)
             found["after_evaluation"] = observe(layout)
+        if str(step + 1) in cell.get("figures", {}):
+            loop.best.see(step + 1, cell["figures"][str(step + 1)])
+            found["trained"] = digests(layout, trained(loop), packed=False)
         if step + 1 in cell.get("save", []):
             loop.save(step + 1, background=cell.get("background", False))
     loop.saver.wait()
     accelerator.wait_for_everyone()
+    if cell.get("take_best"):
+        loop.take_best()
+        found["checkpoints"] = sorted(p.name for p in loop.saver.folder.checkpoints.glob("step-*"))
+        found["best"] = {"step": loop.best.step, "trained": digests(layout, trained(loop), packed=False)}
     found["calls"] = sorted(functional.calls())
     found["kernels"] = prepared.kernels.summary() if prepared.kernels else None
     found["frozen_bytes"] = digests(layout) if cell.get("digests", True) else None
@@ -99,33 +109,44 @@ def refusal(loop: Any) -> str:
 
 
 def without_the_root(name: str, cell: dict[str, Any], job: dict[str, Any], accelerator: Any) -> str:
-    """What is said when everything outside the decoder layers is left whole, as a wrapper that skips modules would."""
-    from trebuchet.strategies import fsdp2
+    """What is said when parameters are left whole: everything outside the decoder layers, as by a wrapper that skips modules, or all
+    of a small model, as by DeepSpeed with its own defaults."""
+    from trebuchet.strategies import fsdp2, zero3
     from trebuchet.strategies.layouts import LayoutError
 
-    real = fsdp2.fully_shard
-    fsdp2.fully_shard = lambda module, **options: "Decoder" in type(module).__name__ and real(module, **options)
+    shard, settings = fsdp2.fully_shard, zero3.settings
+    fsdp2.fully_shard = lambda module, **options: "Decoder" in type(module).__name__ and shard(module, **options)
+
+    def defaults(*given: Any) -> dict[str, Any]:
+        made = settings(*given)
+        made["zero_optimization"].pop("stage3_param_persistence_threshold")
+        return made
+
+    zero3.settings = defaults
     try:
         start(name, cell, job, accelerator)
     except LayoutError as problem:
         return str(problem)
     finally:
-        fsdp2.fully_shard = real
+        fsdp2.fully_shard, zero3.settings = shard, settings
     return "nothing was said"
 
 
-def digests(layout: Any) -> dict[str, str]:
-    """SHA-256 of every gathered tensor in bytes: packed weights and scales."""
+def digests(layout: Any, wanted: Any = lambda name: ".base_layer." in name, *, packed: bool = True) -> dict[str, str]:
+    """SHA-256 of every gathered tensor: of those in bytes (packed weights and scales), or of the others."""
     import hashlib
 
     import torch
 
-    whole = layout.whole(lambda name: ".base_layer." in name)
     return {
-        name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in whole
-        if tensor.dtype == torch.uint8
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in layout.whole(wanted)
+        if (tensor.dtype == torch.uint8) == packed
     }
+
+
+def trained(loop: Any) -> Any:
+    return {name for name, p in loop.stepper.layout.inside.named_parameters() if p.requires_grad}.__contains__
 
 
 def leave(loop: Any, **options: int) -> str:
