@@ -11,6 +11,7 @@ Placement groups need nothing of the kind: Ray removes them with their owner.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -48,7 +49,9 @@ def main(requester: str, job: str) -> int:
     import ray
 
     try:
-        ray.init(address=os.environ["RAY_ADDRESS"], namespace="trebuchet", log_to_driver=False, logging_level="ERROR")
+        ray.init(
+            address=os.environ["RAY_ADDRESS"], namespace="trebuchet", log_to_driver=False, logging_level=logging.ERROR
+        )
     except Exception as gone:  # the cluster ended with the driver, or before this process could ask: nothing is held
         print(f"nothing to give back: {gone}", file=sys.stderr)
         return 0
