@@ -85,7 +85,7 @@ class Saver:
                     shutil.rmtree(final)
                 os.replace(beside, final)
                 _sync(final.parent)
-                prune(self.folder, keep, keep_best, also)
+                prune(self.folder, keep, keep_best, also, last=step)
                 self.seconds = time.perf_counter() - began
 
         if background:
@@ -161,13 +161,17 @@ def check(path: Path) -> str | None:
     return None
 
 
-def prune(folder: RunFolder, keep: int, keep_best: bool = False, also: int | None = None) -> None:
+def prune(
+    folder: RunFolder, keep: int, keep_best: bool = False, also: int | None = None, last: int | None = None
+) -> None:
     """Removes all but the newest `keep`, that of step `also` and, if wanted, the one with the lowest held-out loss; and what an
-    interrupted save left."""
-    kept = all_of(folder)[-keep:]
-    best = min(filter(None, map(_held_out, all_of(folder))), default=None) if keep_best else None
+    interrupted save left. A folder of a step after `last`, the one just saved, is one that the run was not resumed from because it
+    is broken: counted among the newest, it would push out the only valid one."""
+    there = [path for path in all_of(folder) if last is None or step_of(path) <= last]
+    best = min(filter(None, map(_held_out, there)), default=None) if keep_best else None
+    kept = there[-keep:] + ([best[1]] if best else [])
     for path in all_of(folder):
-        if path not in kept and (best is None or path != best[1]) and step_of(path) != also:
+        if path not in kept and step_of(path) != also:
             shutil.rmtree(path)
     for path in folder.checkpoints.glob(".step-*.writing"):
         shutil.rmtree(path, ignore_errors=True)

@@ -80,8 +80,24 @@ class Loop:
             group["lr"] = rate
         if self.stepper.scaler:
             self.stepper.scaler.load_state_dict(state["scaler"])
-        self.best = Best(self.evaluation, state.get("best"))
+        self.best = Best(self.evaluation, self.remembered(state.get("best") or {}))
         return int(state["step"])
+
+    def remembered(self, best: dict[str, Any]) -> dict[str, Any] | None:
+        """The best evaluation before this attempt, if it is of the figure that counts now (`resume --set evaluation.best=…` may name
+        another) and its weights can still be had."""
+        if best.get("name") != self.best.name:
+            return None
+        if self.evaluation.best == "last" or best.get("step") is None:
+            return best
+        path = self.runtime.folder.checkpoint(best["step"])
+        problem = checkpoint.check(path) if self.runtime.main else None
+        if not self.runtime.total(float(problem is not None))[0]:
+            return best
+        self.say(
+            f"the best {self.best.name} so far was that of {path.name}, which is not there whole; a later one counts"
+        )
+        return None
 
     def run(self, first: int, until: int | None = None) -> bool:
         """Steps `first` to the end. True when the end was reached, False when a stop was asked for and a checkpoint saved, or when

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.strategies import states
 from trebuchet.training import checkpoint
+from trebuchet.training.judge import Best
 from trebuchet.training.loop import due
 from trebuchet.training.optim import make_optimizer
 from trebuchet.training.progress import keep_until
@@ -182,6 +183,44 @@ def test_the_newest_and_the_best_are_kept(losses: list[float | None], keep: int,
         if keep_best and known:
             wanted.add(min(known)[1])
         assert {checkpoint.step_of(path) for path in checkpoint.all_of(RunFolder(Path(root)))} == wanted
+
+
+def test_a_broken_newer_one_does_not_push_out_what_a_resumed_run_saves(tmp_path: Path) -> None:
+    """Step 10 is broken, so the run goes on from 2 and saves 3: that is all there is to resume from, and it must stay."""
+    net, optimizer = trained("adamw")
+    saved(tmp_path, 2, net, optimizer)
+    truncate(saved(tmp_path, 10, net, optimizer))
+    folder, said = RunFolder(tmp_path), list[str]()
+    assert checkpoint.latest(folder, said.append) == folder.checkpoint(2) and len(said) == 1
+    saver = checkpoint.Saver(folder, rank=0, barrier=lambda: None)
+    saver.save(3, lambda beside, background: states.save(beside, net, optimizer), {}, keep=1)
+    assert checkpoint.all_of(folder) == [folder.checkpoint(3)]
+    assert checkpoint.latest(folder, said.append) == folder.checkpoint(3) and len(said) == 1
+
+
+def test_the_best_is_remembered_only_while_its_weights_are_there(make_loop: Callable[..., Any]) -> None:
+    """By `evaluation.best`: the one saved after step 1 survives two more saves and a resume. Damaged, or of another figure, it is no
+    longer the best, and a later one counts; nothing fails at the end of the run."""
+    loop = make_loop({"evaluation.best": "accuracy", "checkpointing.keep": 1, "checkpointing.keep_best": False})
+    folder = loop.runtime.folder
+    for step, accuracy in ((1, 0.9), (2, 0.5), (3, 0.7)):
+        loop.stepper.step([loop.batch(loop.order.batch(step - 1))])
+        if loop.best.see(step, accuracy):
+            best = [p.detach().clone() for p in loop.stepper.layout.inside.parameters()]
+        loop.save(step)
+    assert checkpoint.all_of(folder) == [folder.checkpoint(1), folder.checkpoint(3)]
+    assert loop.resume() == 3 and (loop.best.step, loop.best.value, loop.best.since) == (1, 0.9, 2)
+    loop.take_best()
+    assert all(torch.equal(a, b) for a, b in zip(best, loop.stepper.layout.inside.parameters(), strict=True))
+
+    loop.evaluation = loop.evaluation.model_copy(update={"best": "loss"})  # as `resume --set evaluation.best=loss`
+    loop.best = Best(loop.evaluation)
+    assert loop.resume() == 3 and loop.best.step is None
+    loop.evaluation = loop.evaluation.model_copy(update={"best": "accuracy"})
+    loop.best = Best(loop.evaluation)
+    flip_one_bit(folder.checkpoint(1))
+    assert loop.resume() == 3 and loop.best.step is None
+    loop.take_best()  # none: the last weights stay
 
 
 @given(st.floats(1e-4, 0.9999) | st.integers(1, 50), st.integers(1, 5000))
