@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -99,11 +100,14 @@ def drawn(panel: Watched, top: int) -> list[str]:
             points += [f"{x(at):.1f},{y(before if before is not None else count):.1f}", f"{x(at):.1f},{y(count):.1f}"]
             before = count
     points.append(f"{x(panel.times_s[-1]):.1f},{y(panel.nodes[-1]):.1f}")
-    for at, text in panel.marks:
+    following = [x(at) for at, _ in panel.marks[1:]] + [math.inf]
+    for (at, text), after in zip(panel.marks, following, strict=True):
         parts.append(
             f'<line x1="{x(at):.1f}" y1="{top - 14}" x2="{x(at):.1f}" y2="{top + HEIGHT}" stroke="#c8553d" stroke-dasharray="4 3"/>'
         )
-        parts.append(f'<text x="{x(at) + 4:.1f}" y="{top - 6}" fill="#c8553d">{escape(text)}</text>')
+        # Left of its line where the next one is too near for it to stand on the right.
+        anchor, where = ("end", x(at) - 4) if after - x(at) < 7 * len(text) else ("start", x(at) + 4)
+        parts.append(f'<text x="{where:.1f}" y="{top - 6}" text-anchor="{anchor}" fill="#c8553d">{escape(text)}</text>')
     parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="#3b6ea5" stroke-width="2"/>')
     parts.append(f'<text x="{LEFT}" y="{top + HEIGHT + 34}" fill="#555">nodes over time</text>')
     return parts
