@@ -132,7 +132,8 @@ def count(model: torch.nn.Module, ranks: int, small: int) -> tuple[int, int]:
     p: Any  # a parameter as DeepSpeed leaves it
     for name, p in model.named_parameters():
         width = p.element_size()
-        here = p.ds_tensor.numel() + p.numel()  # its piece, and what is gathered now
+        # Its piece, and what is gathered now, or will be from the first step on and stay so.
+        here = p.ds_tensor.numel() + (p.ds_numel if p.ds_persist else p.numel())
         if p.ds_numel > small and here > -(-p.ds_numel // ranks):
             wrong.append((here * width, name))
         local, whole = local + here * width, whole + p.ds_numel * width

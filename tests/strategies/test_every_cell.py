@@ -98,14 +98,31 @@ def cells(ranks: int) -> dict[str, dict[str, Any]]:
     return out
 
 
+def corners(ranks: int) -> dict[str, dict[str, Any]]:
+    """Adapters on a head, tied to the embedding here; and adapters of rank 1, of which a second rank holds no row."""
+    out: dict[str, dict[str, Any]] = {}
+    for parallel in ("none",) if ranks == 1 else ("ddp", "fsdp2", "zero3"):
+        for name, lora in {"head": {"r": 4, "targets": ["q_proj", "lm_head"]}, "thin": {"r": 1}}.items():
+            optimizer = "adamw" if parallel == "zero3" or name == "head" else "adamw-8bit"
+            strategy = {"method": "lora", "parallel": parallel, "lora": lora}
+            top = {"optimization": {"optimizer": optimizer}}
+            out[f"{name} {parallel}"] = {"strategy": strategy, "top": top, "steps": [0, 2]}
+    return out
+
+
 @pytest.mark.slow
 def test_every_planned_cell_takes_a_step(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> None:
     one, two = cells(1), cells(2)
     assert len(one) == 24 and len(two) == 24
+    one, two = one | corners(1), two | corners(2)
     groups = [{"world": 1, "name": "one", "cells": one}, {"world": 2, "name": "two", "cells": two}]
     found = run_cells(tmp_path_factory.mktemp("cells"), groups)
     assert set(found) == {*one, *two}
     # The first loss and gradient know nothing of layout, optimizer or checkpointing; fp32, sums in another order.
+    for name in corners(2):
+        alone = found[f"{name.split()[0]} none"][0]
+        assert found[name][0]["losses"] == pytest.approx(alone["losses"], rel=1e-5), name
+        assert found[name][0]["norms"] == pytest.approx(alone["norms"], rel=1e-4), name
     for method in METHODS:
         those = {name: ranks[0] for name, ranks in found.items() if name.split()[0] == method}
         first = those[f"{method} none adamw"]

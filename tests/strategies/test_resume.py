@@ -17,15 +17,23 @@ SAME = {
     "fsdp2 8-bit": {"strategy": {"method": "full", "parallel": "fsdp2"}, "top": {"optimization": {"optimizer": "adamw-8bit"}}},
     "ddp lora": {"strategy": {"method": "lora", "parallel": "ddp", "lora": {"r": 4, "dropout": 0.2}}},
 }  # fmt: skip
+# On four ranks: copies of shards, each with 8-bit states of its own; adapters of which half the ranks hold no row.
+FOUR = {
+    "hsdp 8-bit": {**SAME["fsdp2 8-bit"], "strategy": {"method": "full", "parallel": "fsdp2", "dp_replicate": 2}},
+    "thin lora": {"strategy": {"method": "lora", "parallel": "fsdp2", "lora": {"r": 2}}},
+}
 WORLDS = [(4, "fsdp2"), (2, "fsdp2"), (1, "none"), (3, "fsdp2"), (2, "ddp"), (1, "fsdp2")]
+LOSSES = [0.9, 0.5, 0.7, 0.8, 0.6, 0.55]  # held-out losses after each of them, given: the second is the best
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str, list[dict[str, Any]]]:
     two: dict[str, Any] = {}
-    for name, cell in SAME.items():
-        two[name] = {**cell, "steps": [0, 6], "save": [3], "background": name != "ddp lora"}
-        two[f"{name} resumed"] = {**cell, "from": name, "steps": [3, 6]}
+    four: dict[str, Any] = {}
+    for name, cell in (SAME | FOUR).items():
+        cells = four if name in FOUR else two
+        cells[name] = {**cell, "steps": [0, 6], "save": [3], "background": name != "ddp lora"}
+        cells[f"{name} resumed"] = {**cell, "from": name, "steps": [3, 6]}
     eight_bit, saved = SAME["fsdp2 8-bit"], {"steps": [0, 1], "save": [1]}
     ddp = {**eight_bit, "strategy": {"method": "full", "parallel": "ddp"}}
     two["8-bit whole"] = {**ddp, **saved}
@@ -36,17 +44,20 @@ def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str,
     groups.append({"world": 1, "name": "one", "cells": {"8-bit other ranks": other}})
     whole = {"steps": [0, 12], "top": {"optimization": {"max_steps": 12}}}
     undisturbed = {m: {**whole, "strategy": {"method": m, "parallel": "fsdp2"}} for m in ("full", "qlora")}
-    groups.append({"world": 4, "name": "whole", "cells": {f"{m} undisturbed": cell for m, cell in undisturbed.items()}})
+    four |= {f"{m} undisturbed": cell for m, cell in undisturbed.items()}
+    groups.append({"world": 4, "name": "whole", "cells": four})
+    keep = {**whole["top"], "evaluation": {"best": "loss"}, "checkpointing": {"keep": 1, "keep_best": False}}
     for i, (world, parallel) in enumerate(WORLDS):
         cells = {}
         for method in ("full", "qlora"):
-            part = {**whole, "strategy": {"method": method, "parallel": parallel}, "from": f"{method} moved"}
+            more = {"top": keep, "figures": {str(2 * i + 2): LOSSES[i]}, "take_best": i == len(WORLDS) - 1}
+            part = {**whole, **more, "strategy": {"method": method, "parallel": parallel}, "from": f"{method} moved"}
             cells[f"{method} {i}"] = {**part, "steps": [2 * i, 2 * i + 2], "save": [2 * i + 2]}
         groups.append({"world": world, "name": f"part{i}", "cells": cells})
     return run_cells(tmp_path_factory.mktemp("resume"), groups)
 
 
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [*SAME, *FOUR])
 def test_the_same_ranks_go_on_to_the_bit(found: dict[str, list[dict[str, Any]]], name: str) -> None:
     """Weights, moments, 8-bit states, random states (dropout), schedule; saved in the background while training went on."""
     for whole, resumed in zip(found[name], found[f"{name} resumed"], strict=True):
@@ -84,3 +95,13 @@ def test_other_ranks_and_layouts_go_on_to_rounding(found: dict[str, list[dict[st
             parallel,
         )
     assert whole["losses"][-1] < whole["losses"][0] - 0.1
+
+
+@pytest.mark.parametrize("method", ["full", "qlora"])
+def test_the_best_outlives_rotation_resumes_and_other_ranks(
+    found: dict[str, list[dict[str, Any]]], method: str
+) -> None:
+    """Saved by two ranks as the second of six checkpoints of which one is kept, taken by one process at the end."""
+    (last,) = found[f"{method} {len(WORLDS) - 1}"]
+    assert last["best"]["step"] == 4 and last["checkpoints"] == ["step-12", "step-4"]
+    assert last["best"]["trained"] == found[f"{method} 1"][0]["trained"] != last["trained"]

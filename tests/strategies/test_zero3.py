@@ -24,6 +24,7 @@ METHODS: dict[str, Any] = {
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "full, optimizer on the host": ("full", {"chosen": {"offload": "optimizer"}}),
     "full, parameters on the host": ("full", {"chosen": {"offload": "params"}}),
+    "lora, parameters on the host": ("lora", {"chosen": {"offload": "params"}}),
     "qlora, parameters on the host": ("qlora", {"chosen": {"offload": "params"}}),
     "full, checkpointing full": ("full", {"strategy": {"checkpointing": "full"}}),
     "lora, checkpointing selective": ("lora", {"strategy": {"checkpointing": "selective"}}),
@@ -44,6 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str,
     two |= {name: cell(method, **change) for name, (method, change) in VARIANTS.items()}
     two["bf16"] = cell("full", top={"model": {"dtype": "bf16"}})
     one["one bf16"] = {"strategy": {**METHODS["full"], "parallel": "none"}, "top": {"model": {"dtype": "bf16"}}}
+    two["left out"] = cell("full", leave_out=True)
     two["fsdp2 qlora"] = {"strategy": {**METHODS["qlora"], "parallel": "fsdp2"}}
     for method in ("full", "lora"):
         dropout = {"lora": {"r": 4, "dropout": 0.2}} if method == "lora" else {}
@@ -143,6 +145,14 @@ def test_other_ranks_go_on_to_rounding(found: dict[str, list[dict[str, Any]]], m
         part = found[f"{method} {i}"]
         assert len(part) == world
         assert part[0]["losses"] == pytest.approx(whole["losses"][2 * i : 2 * i + 2], rel=FP32), world
+
+
+@pytest.mark.slow
+def test_parameters_that_are_left_whole_stop_the_run(found: dict[str, list[dict[str, Any]]]) -> None:
+    """DeepSpeed's own threshold of 100,000 elements is more than any matrix of this model has."""
+    for rank in found["left out"]:
+        assert "parameters are not sharded over 2 ranks: model.embed_tokens.weight" in rank["error"]
+        assert "and the plan counts on" in rank["error"]
 
 
 def test_every_default_that_bites_is_named() -> None:
