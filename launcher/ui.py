@@ -11,6 +11,7 @@ from __future__ import annotations
 import hmac
 import secrets
 import threading
+from collections.abc import Iterable
 from hashlib import blake2b
 from http.cookies import CookieError, SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,7 +28,7 @@ Mark = tuple[tuple[int, int], ...]
 
 
 class Runs:
-    """The runs below a folder, each read again when one of its files has another time or size."""
+    """The runs and trials below a folder, each read again when one of its files has another time or size."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -35,33 +36,39 @@ class Runs:
         self.kept: dict[str, tuple[Mark, collect.Run]] = {}
         self.reads = 0  # of run folders, since the start
 
-    def all(self) -> list[collect.Run]:
-        """Newest first. A folder whose record is being replaced or cannot be read is left out until it can be."""
+    def folders(self) -> dict[str, RunFolder]:
+        """By the name that a page is asked for: RUN, and SWEEP/003 for a trial."""
+        found = {file.parent.name: RunFolder(file.parent) for file in self.root.glob("*/run.json")}
+        for file in self.root.glob("*/trials/*/run.json"):
+            found[f"{file.parents[2].name}/{file.parent.name}"] = RunFolder(file.parent)
+        return found
+
+    def all(self) -> dict[str, collect.Run]:
+        """Newest first, by name. A folder whose record is being replaced or cannot be read is left out until it can be."""
         with self.lock:
-            names = {file.parent.name for file in self.root.glob("*/run.json")}
-            self.kept = {name: kept for name, kept in self.kept.items() if name in names}
-            for name in names:
-                self._refresh(name)
-            return sorted(
-                (run for _, run in self.kept.values()), key=lambda run: str(run.record["created"]), reverse=True
-            )
+            folders = self.folders()
+            self.kept = {name: kept for name, kept in self.kept.items() if name in folders}
+            for name, folder in folders.items():
+                self._refresh(name, folder)
+            newest = sorted(self.kept, key=lambda name: str(self.kept[name][1].record["created"]), reverse=True)
+            return {name: self.kept[name][1] for name in newest}
 
     def one(self, name: str) -> collect.Run | None:
-        """By the folder's name, among those that are there."""
-        if name not in {file.parent.name for file in self.root.glob("*/run.json")}:
+        """By its name, among those that are there."""
+        folder = self.folders().get(name)
+        if folder is None:
             return None
         with self.lock:
-            self._refresh(name)
+            self._refresh(name, folder)
             kept = self.kept.get(name)
             return kept[1] if kept else None
 
-    def mark(self, names: list[str]) -> str:
+    def mark(self, names: Iterable[str]) -> str:
         return blake2b(
             repr([(name, self.kept[name][0]) for name in names if name in self.kept]).encode(), digest_size=12
         ).hexdigest()
 
-    def _refresh(self, name: str) -> None:
-        folder = RunFolder(self.root / name)
+    def _refresh(self, name: str, folder: RunFolder) -> None:
         mark = tuple(_state(file) for file in (folder.record, folder.metrics, folder.evaluation))
         if name in self.kept and self.kept[name][0] == mark:
             return
@@ -129,8 +136,8 @@ class Handler(BaseHTTPRequestHandler):
             run = self.server.runs.one(name)
             if run is None:
                 return self.answer(404, "there is no such run")
-            runs, body = [run], lambda: page.body([run])
-        mark = f'"{self.server.runs.mark([r.folder.root.name for r in runs])}"'
+            runs, body = {name: run}, lambda: page.body([run])
+        mark = f'"{self.server.runs.mark(runs)}"'
         if fragment and self.headers.get("If-None-Match") == mark:
             return self.answer(304, "", {"ETag": mark})
         if fragment:

@@ -7,7 +7,7 @@ loading anything from anywhere. Left out: what the figures show (`charts.py`, `c
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,9 +41,9 @@ def frame(title: str, body: str, live: str | None = None) -> str:
     return environment().get_template("page.jinja").render(title=title, body=body, live=live, **parts)
 
 
-def index(runs: Sequence[Run], most_curves: int) -> str:
-    """The body of the list of runs, with the curves of the first `most_curves`."""
-    made = [chart for chart in [compare.curves(runs[:most_curves])] if chart is not None]
+def index(runs: Mapping[str, Run], most_curves: int) -> str:
+    """The body of the list of runs by the names of their pages, with the curves of the first `most_curves`."""
+    made = [chart for chart in [compare.curves(list(runs.values())[:most_curves])] if chart is not None]
     figures = as_script([chart.figure() for chart in made])
     found = {
         "runs": runs,

@@ -263,6 +263,17 @@ def test_a_page_follows_a_run_that_trains(server: Server, browser: Browser) -> N
     assert [name for name, _ in browser.script(cells)] == ["first", "now"]
 
 
+def test_trials_of_a_sweep_are_runs_too(server: Server) -> None:
+    made.write(server.runs.root / "tried" / "trials" / "003", made.planned(3e-4))
+    cookie = f"trebuchet-{server.port}={server.token}"
+    listed = ask(server, "/", Cookie=cookie).text  # type: ignore[attr-defined]
+    assert 'href="/run/tried/003">tried/003</a>' in listed and 'href="/run/first">' in listed
+    shown = ask(server, "/run/tried/003", Cookie=cookie)
+    assert shown.status == 200 and "/run/tried%2F003/body" in shown.text  # type: ignore[attr-defined]
+    assert ask(server, "/run/tried%2F003/body", Cookie=cookie).status == 200
+    assert ask(server, "/run/tried/004", Cookie=cookie).status == 404
+
+
 def test_two_hundred_runs_are_read_once_and_then_only_where_they_change(tmp_path: Path) -> None:
     first = made.write(tmp_path / "run-000", made.planned(1e-4), steps=20)
     for i in range(1, 200):
