@@ -42,7 +42,6 @@ def main(out: str, *roots: str) -> None:
 
     found: list[Any] = [measure(Path(root)) for root in roots]
     if dist.get_rank() == 0:
-        assert dist.get_world_size() == 2
         Path(out).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -143,6 +143,24 @@ def test_a_resumed_run_compares_with_the_untrained_model(
 # Every objective over every layout, all in one pair of processes. The method of each is one that its reference needs.
 METHOD = {"dpo": "lora", "orpo": "full", "simpo": "full", "cpo": "lora", "kto": "full", "reward": "qlora"}
 LAYOUTS = {layout: list(OBJECTIVES) for layout in ("ddp", "fsdp2", "zero3")}
+# The rest of what sft has, for the objectives with a reference: (ranks, keys of the strategy, fields of the plan that no planner would
+# choose for a CPU).
+MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "fsdp2 offload": (2, {"parallel": "fsdp2"}, {"offload": "params"}),
+    "zero3 offload": (2, {"parallel": "zero3"}, {"offload": "params"}),
+    "fsdp2 checkpointing": (2, {"parallel": "fsdp2", "checkpointing": "full"}, {}),
+    "hsdp": (4, {"parallel": "fsdp2", "dp_replicate": 2}, {}),
+    "int8": (2, {"parallel": "ddp", "method": "qlora", "quant": {"type": "int8"}}, {}),
+}
+CELLS = {
+    **{(layout, name): (2, {"parallel": layout}, {}) for layout, names in LAYOUTS.items() for name in names},
+    **{
+        (layout, name): cell
+        for layout, cell in MORE.items()
+        for name in ("dpo", "kto")
+        if (layout, name) != ("int8", "kto")
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -155,28 +173,35 @@ def on_ranks(
 
     root = tmp_path_factory.mktemp("ranks")
 
-    def folder(name: str, layout: str | None) -> Path:
+    def folder(name: str, layout: str | None, ranks: int, strategy: dict[str, Any], chosen: dict[str, Any]) -> str:
         kind = "judged" if name == "kto" else "pairs"
         changes = {
             "data.train": compared_files[kind], "data.eval": compared_files[f"{kind}-eval"], "data.packing": False,
             "objective": OBJECTIVES[name], "optimization.global_batch_size": 5, "optimization.micro_batch": 2,
             "optimization.max_steps": 3, "optimization.learning_rate": 1e-3, "optimization.warmup": 0, "tracking": [],
-            "strategy.method": METHOD[name], "strategy.lora": {"r": 4},
+            "strategy.method": METHOD[name], "strategy.lora": {"r": 4}, "cluster": {"name": "local", "processes": ranks},
+            **{f"strategy.{key}": value for key, value in strategy.items()},
         }  # fmt: skip
-        if layout:
-            changes |= {"cluster": {"name": "local", "processes": 2}, "strategy.parallel": layout}
-        made, _ = api.begin(tiny_config(changes, output=str(root / f"{name}-{layout}")))
+        made, plan = api.begin(tiny_config(changes, output=str(root / f"{name}-{layout}".replace(" ", "-"))))
+        assert plan.chosen is not None
+        plan = plan.model_copy(update={"chosen": plan.chosen.model_copy(update=chosen)})
+        made.plan.write_text(plan.model_dump_json())
         made.logs.mkdir()
-        return made.root
+        return str(made.root)
 
-    cells = [(layout, name) for layout, names in LAYOUTS.items() for name in names]
-    two = two_ranks(root / "found.json", [str(folder(name, layout)) for layout, name in cells])
-    one = {("one", name): measure(folder(name, None)) for name in OBJECTIVES}
-    return one | dict(zip(cells, two, strict=True))
+    found: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for ranks in (2, 4):
+        folders = {
+            (layout, name): folder(name, layout, *cell) for (layout, name), cell in CELLS.items() if cell[0] == ranks
+        }
+        found |= zip(folders, on_so_many(ranks, root / f"{ranks}.json", list(folders.values())), strict=True)
+    alone = {("one", name): folder(name, "one", 1, {}, {}) for name in OBJECTIVES}
+    alone["one int8", "dpo"] = folder("dpo", "one int8", 1, {**MORE["int8"][1], "parallel": "none"}, {})
+    return found | {cell: measure(Path(one)) for cell, one in alone.items()}
 
 
-def two_ranks(out: Path, folders: list[str]) -> list[Any]:
-    """What `ranks.py` found for each run folder, on two processes of this machine."""
+def on_so_many(ranks: int, out: Path, folders: list[str]) -> list[Any]:
+    """What `ranks.py` found for each run folder, on so many processes of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -184,24 +209,25 @@ def two_ranks(out: Path, folders: list[str]) -> list[Any]:
         subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("ranks.py")), str(out), *folders],
             env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
             },
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for rank in range(2)
+        for rank in range(ranks)
     ]  # fmt: skip
     said = [process.communicate(timeout=400)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-4000:]
+    assert [process.returncode for process in processes] == [0] * ranks, "\n".join(said)[-4000:]
     found: list[Any] = json.loads(out.read_text())
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "name"), [(layout, name) for layout, names in LAYOUTS.items() for name in names])
-def test_two_ranks_train_what_one_does(
+@pytest.mark.parametrize(("layout", "name"), list(CELLS))
+def test_ranks_train_what_one_does(
     on_ranks: dict[tuple[str, str], list[dict[str, float]]], layout: str, name: str
 ) -> None:
     """The third step carries two of Adam's, whose small moments turn rounding into more than rounding."""
-    for mine, theirs in zip(on_ranks[layout, name], on_ranks["one", name], strict=True):
+    alone = on_ranks["one int8" if layout == "int8" else "one", name]
+    for mine, theirs in zip(on_ranks[layout, name], alone, strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4, abs=2e-5)
