@@ -143,7 +143,7 @@ def test_a_resumed_run_compares_with_the_untrained_model(
 # Every objective over every layout, all in one pair of processes. The method of each is one that its reference needs.
 METHOD = {"dpo": "lora", "orpo": "full", "simpo": "full", "cpo": "lora", "kto": "full", "reward": "qlora"}
 LAYOUTS = {layout: list(OBJECTIVES) for layout in ("ddp", "fsdp2", "zero3")}
-# The rest of what sft has, for the objectives with a reference: (ranks, keys of the strategy, fields of the plan that no planner would
+# The rest of what sft has: (ranks, keys of the strategy, fields of the plan that no planner would
 # choose for a CPU).
 MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "fsdp2 offload": (2, {"parallel": "fsdp2"}, {"offload": "params"}),
@@ -154,12 +154,7 @@ MORE: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 }
 CELLS = {
     **{(layout, name): (2, {"parallel": layout}, {}) for layout, names in LAYOUTS.items() for name in names},
-    **{
-        (layout, name): cell
-        for layout, cell in MORE.items()
-        for name in ("dpo", "kto")
-        if (layout, name) != ("int8", "kto")
-    },
+    **{(layout, name): cell for layout, cell in MORE.items() for name in (OBJECTIVES if layout != "int8" else ["dpo"])},
 }
 
 
