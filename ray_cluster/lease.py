@@ -52,9 +52,9 @@ def main(requester: str, job: str) -> int:
         ray.init(
             address=os.environ["RAY_ADDRESS"], namespace="trebuchet", log_to_driver=False, logging_level=logging.ERROR
         )
-    except Exception as gone:  # the cluster ended with the driver, or before this process could ask: nothing is held
-        print(f"nothing to give back: {gone}", file=sys.stderr)
-        return 0
+    except Exception as problem:  # most often the cluster has ended with the driver, and holds nothing any more
+        print(f"the cluster cannot be asked to give back what {requester} asked for: {problem}", file=sys.stderr)
+        return 1
     take_back(requester, job)
     return 0
 
