@@ -12,7 +12,6 @@ starts the trials that are not finished, each from its checkpoint, and a search 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -26,7 +25,7 @@ from ..launcher import record, sweep_budget, sweep_follow
 from ..launcher.job_state import JobState
 from ..launcher.plan import Plan
 from ..launcher.sweep import SweepFolder
-from . import scheduler, trials
+from . import between, scheduler, trials
 
 LOOK_S = 0.5
 # Where the function of a trial over several nodes waits: on the head, which has no cores to give. Every head has this resource.
@@ -83,7 +82,7 @@ def placement(plan: Plan) -> Any:
 
 def trial(config: dict[str, Any]) -> None:
     """Tune's function: starts the run and reports its evaluations until it ends. When Tune stops it, or its driver is gone, the
-    kernel sends the watcher the SIGTERM that lets a run save."""
+    watcher hears the SIGTERM that lets a run save (between.py)."""
     import ray
     from ray import tune
 
@@ -101,7 +100,7 @@ def trial(config: dict[str, Any]) -> None:
     command = [sys.executable, "-m", f"trebuchet.ray_cluster.{start[0]}", *start[1:]]
     # The address by name: without it Ray takes the cluster that was started last on this machine.
     environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-    process = subprocess.Popen(command, env=environment, preexec_fn=_stop_with_parent)
+    process = between.start(command, environment)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(LOOK_S)
@@ -173,11 +172,6 @@ def numbers_of(text: str) -> list[int]:
         first, _, last = part.partition("-")
         found += range(int(first), int(last or first) + 1)
     return found
-
-
-def _stop_with_parent() -> None:
-    """prctl(PR_SET_PDEATHSIG, SIGTERM): the watcher hears it when Ray's process, or the thread that started it, is gone."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 if __name__ == "__main__":
