@@ -70,8 +70,8 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
     reader = HuggingFaceStorageReader(str(folder))
     stored: dict[str, TensorStorageMetadata] = reader.read_metadata().state_dict_metadata  # type: ignore[assignment]
     wanted = trainable(model)
-    files = _files(folder)
-    held = {name for name in files if "/" not in name}
+    there = files(folder)
+    held = {name for name in there if "/" not in name}
     if held != set(wanted):
         raise ValueError(f"{folder} holds other parameters than this model: {sorted(held ^ set(wanted))[:3]} …")
     state: dict[str, Any] = dict(wanted)
@@ -89,7 +89,7 @@ def load(folder: Path, model: torch.nn.Module, optimizer: Optimizer) -> None:
         if own and owner != _rank():
             continue
         if not about.size:
-            scalar = _scalar(files[name], name)
+            scalar = _scalar(there[name], name)
             states[parameter][key] = int(scalar) if hasattr(optimizer, "is_paged") else scalar
             continue
         like, dtype = wanted[parameter], about.properties.dtype
@@ -128,7 +128,7 @@ def _rank() -> str:
     return f"{dist.get_rank()}of{dist.get_world_size()}" if dist.is_initialized() else "0of1"
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def files(folder: Path) -> dict[str, Path]:
     """Name of each tensor -> one file that holds some of it."""
     found: dict[str, Path] = {}
     for file in [*folder.glob("shard-*.safetensors"), *(folder / name for name in (TRAINABLE, OPTIMIZER))]:

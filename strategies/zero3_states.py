@@ -51,11 +51,10 @@ def load(model: torch.nn.Module, states: Any, folder: Path) -> None:
     """
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
-    files = sorted(folder.glob("zero3-*-of-*.safetensors"), key=lambda file: int(file.name.split("-")[1]))
-    if not files:
+    if not (there := files(folder)):
         raise LayoutError(f"{folder} was not written under ZeRO-3; resume with the strategy.parallel that wrote it.")
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        opened = [stack.enter_context(safe_open(file, framework="pt")) for file in there]
         step = float(opened[0].metadata()["step"])
         held, wanted = {name for name in opened[0].keys() if "/" not in name}, trained(model)  # noqa: SIM118
         if held != set(wanted):
@@ -70,6 +69,11 @@ def load(model: torch.nn.Module, states: Any, folder: Path) -> None:
     for group in range(len(states.fp16_groups)):  # the compute dtype from the fp32 copy
         states._reassign_or_swap_out_partitioned_parameters(group)
     states._post_step([])  # gathers again what stays whole
+
+
+def files(folder: Path) -> list[Path]:
+    """By rank."""
+    return sorted(folder.glob("zero3-*-of-*.safetensors"), key=lambda file: int(file.name.split("-")[1]))
 
 
 def make_states(states: Any, step: float) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from ..launcher import record
 from ..launcher.errors import RunError, UserError
+from ..strategies import trained
 from ..strategies.prepare import compute_dtype
-from ..strategies.states import TRAINABLE
 from . import evaluate as asking
 from . import harness
 from .checkpoint import check
@@ -154,17 +153,13 @@ def opened(run: Finished, *, tuned: bool) -> Subject:
 
 
 def as_at(subject: Subject, checkpoint: Path) -> None:
-    """The trained weights as a checkpoint has them. Raises RunError for one that is not whole, and for shards of several ranks."""
+    """The trained weights as a checkpoint has them. Raises RunError for one that is not whole, or of another model."""
     if problem := check(checkpoint):
         raise RunError(f"{checkpoint} cannot be read: {problem}.")
-    if not (checkpoint / TRAINABLE).exists():
-        raise RunError(f"{checkpoint} holds shards of several ranks; only a resumed run reads them.")
-    named, stored = dict(subject.inside.named_parameters()), load_file(checkpoint / TRAINABLE)
-    if unknown := sorted(stored.keys() - named.keys()):
-        raise RunError(f"{checkpoint} holds other parameters than the model: {unknown[0]} …")
-    with torch.no_grad():
-        for name, values in stored.items():
-            named[name].copy_(values)
+    try:
+        trained.fill(checkpoint, dict(subject.inside.named_parameters()))
+    except ValueError as other:
+        raise RunError(f"{checkpoint} is not one of this model: {other}.") from None
 
 
 def _text(run: Finished, ids: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -48,3 +49,25 @@ def run_cells(tiny_config: Callable[..., dict[str, Any]]) -> Run:
         return found
 
     return run
+
+
+def same_as_exported(cell: dict[str, Any], base: Path) -> None:
+    """The newest checkpoint of a cell, read into a model whose trained weights were lost, is the model that the cell left."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from trebuchet.strategies import trained
+
+    left = Path(cell["model"])
+    full = (left / "config.json").exists()
+    wanted = AutoModelForCausalLM.from_pretrained(left if full else base, dtype=torch.float32)
+    wanted = wanted if full else PeftModel.from_pretrained(wanted, str(left))
+    lost = copy.deepcopy(wanted)
+    ours = {name: p for name, p in lost.named_parameters() if full or "lora_" in name}
+    with torch.no_grad():
+        for p in ours.values():
+            p.fill_(7.0)
+    saved = sorted((left.parent / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    trained.fill(saved[-1], ours)
+    found = dict(lost.named_parameters())
+    assert len(ours) > 4 and all(torch.equal(found[name], p) for name, p in wanted.named_parameters())

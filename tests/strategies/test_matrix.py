@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import Run
+from .conftest import Run, same_as_exported
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +70,15 @@ REFERENCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "untied qlora": (QLORA, {"model": "untied"}),
     "single scales qlora": ({**QLORA, "quant": {"double": False}}, {}),
 }
+SAVED = [
+    "ddp lora",
+    "fsdp2 full",
+    "fsdp2 lora",
+    "fsdp2 offload qlora",
+    "fsdp2 3 ranks qlora",
+    "hsdp 2x2 full",
+    "fsdp2 untied full",
+]
 FSDP2 = [name for name in CELLS if not name.startswith("ddp")]
 
 
@@ -104,7 +113,9 @@ def found(
     one = {name: cell(strategy, more) for name, (strategy, more) in REFERENCES.items()}
     groups: list[dict[str, Any]] = [{"world": 1, "cells": one}]
     for world in (2, 3, 4):
-        cells = {n: cell(s, more, evaluate=True) for n, (ranks, s, more) in CELLS.items() if ranks == world}
+        there = {n: (s, more) for n, (ranks, s, more) in CELLS.items() if ranks == world}
+        save = {n: {"save": [6]} if n in SAVED else {} for n in there}
+        cells = {n: cell(s, more, evaluate=True, **save[n]) for n, (s, more) in there.items()}
         groups.append({"world": world, "cells": cells})
     # Where an evaluation also lets the base answer, a forward pass a token: it is most of a cell's time, so two of them do.
     for name in ("fsdp2 full", "fsdp2 offload qlora"):
@@ -224,6 +235,13 @@ def test_the_artefact_opens_in_plain_transformers_and_peft(
         for one in settings:
             one["target_modules"].sort()
         assert settings[0] == settings[1]
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_one_process_reads_the_trained_weights_of_every_checkpoint(
+    found: dict[str, list[dict[str, Any]]], name: str, tiny_model: Path
+) -> None:
+    same_as_exported(found[name][0], tiny_model)
 
 
 def test_a_module_that_is_left_whole_stops_the_run(found: dict[str, list[dict[str, Any]]]) -> None:

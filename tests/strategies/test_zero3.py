@@ -11,7 +11,7 @@ import torch
 from trebuchet.launcher import api
 from trebuchet.strategies import zero3
 
-from .conftest import Run
+from .conftest import Run, same_as_exported
 
 # fp32, sums over ranks in another order, six AdamW steps at 1e-3: 5e-8 to 3e-6 was seen.
 FP32 = 1e-5
@@ -39,7 +39,7 @@ def cell(method: str, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, run_cells: Run) -> dict[str, list[dict[str, Any]]]:
     one = {f"one {m}": {"strategy": {**METHODS[m], "parallel": "none"}} for m in METHODS}
-    two = {m: cell(m, export=True) for m in METHODS}
+    two = {m: cell(m, export=True, save=[6]) for m in METHODS}
     two["full"]["shard_bytes"] = SMALL_FILES
     two["lora"]["top"] = {"evaluation": {"forgetting": 1}}  # the base answers, a forward pass a token
     two |= {name: cell(method, **change) for name, (method, change) in VARIANTS.items()}
@@ -125,6 +125,14 @@ def test_what_is_left_opens_with_equal_logits(found: dict[str, list[dict[str, An
     with torch.no_grad():
         logits = opened(input_ids=torch.arange(3, 35)[None]).logits
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt"), rtol=1e-4, atol=1e-4)  # fp32, other kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_one_process_reads_the_trained_weights_of_every_checkpoint(
+    found: dict[str, list[dict[str, Any]]], method: str, tiny_model: Path
+) -> None:
+    same_as_exported(found[method][0], tiny_model)
 
 
 @pytest.mark.slow
