@@ -41,6 +41,10 @@ NODE = re.compile(
 )
 # srun's own account, in the order in which tasks ended: `srun: error: n2: task 1: Killed`.
 ENDED = re.compile(r"srun: error: (?P<node>\S+): tasks? (?P<task>\d+)[^:]*: (?P<how>.+)")
+# A node went while it had ranks: `srun: error: Node failure on n4`. sinfo may not say so yet.
+LOST = re.compile(r"srun: error: Node failure on (?P<nodes>\S+)")
+# What a rank says that only waited for the one that ended (launcher/worker.py): its own node is in order.
+ECHO = re.compile(r"another rank ended")
 # The daemon of a node did not answer: `srun: error: Task launch for StepId=1.0 failed on node n2: Socket timed out on send/recv operation`.
 LAUNCH = re.compile(r"srun: error: Task launch for \S+ failed on node (?P<node>[^\s:]+): (?P<how>.+)")
 
@@ -165,7 +169,9 @@ def _failure(
         and first["how"].startswith(("Killed", "Terminated", "Bus error", "Segmentation", "Aborted"))
         and code != 2
     )
-    down = [n for n in facts.allocated if is_gone(facts.node_states.get(n, ""))]
+    down = _down(facts, said)
+    if not (launch or killed) and ECHO.search(error or echo) and (node := _silent(facts, said)):
+        who = f"nothing was heard from {node}, and {who}"
     if error and HANG.search(error):
         again = not any(a.get("kind") == "hang" for a in history)
         reason = error if error.startswith("hang:") else f"the ranks waited for one that did not come ({who}): {error}"
@@ -173,7 +179,7 @@ def _failure(
             kind="hang", state=JobState.FAILED, action="requeue" if again else "exit", reason=reason, exit_code=1
         )
     if killed or launch or down or named or (code != 2 and NODE.search(error or echo)):
-        reason = f"{'node ' + down[0] + ' is ' + facts.node_states[down[0]] if down else who}. {error or ''}".strip()
+        reason = f"{next(iter(down.values()), who)}. {error or ''}".strip()
         if sum(a.get("kind") == "node" for a in history) >= restarts:
             return Verdict(
                 kind="node",
@@ -182,7 +188,7 @@ def _failure(
                 reason=f"{reason} It was the last of {restarts} restarts.",
                 exit_code=1,
             )
-        bad = down[0] if down else named or node
+        bad = next(iter(down), named or node)
         if bad and _others(facts, bad):
             return Verdict(
                 kind="node",
@@ -200,6 +206,20 @@ def _failure(
         reason=error or f"{who}; the log of the job says more",
         exit_code=code or status or 1,
     )
+
+
+def _down(facts: Facts, said: str) -> dict[str, str]:
+    """The job's nodes that are out of order, by what sinfo or srun says of them; the words for it."""
+    found = {n: f"node {n} is {s}" for n in facts.allocated if is_gone(s := facts.node_states.get(n, ""))}
+    lost = {name for match in LOST.finditer(said) for name in match["nodes"].split(",")}
+    return found or {n: f"node {n} failed" for n in facts.allocated if n in lost}
+
+
+def _silent(facts: Facts, said: str) -> str | None:
+    """The one node of which srun has told no end of a rank, when others only missed somebody; None when it is not one."""
+    told = {match["node"] for match in ENDED.finditer(said)}
+    silent = [n for n in facts.allocated if n not in told]
+    return silent[0] if len(silent) == 1 else None
 
 
 def _others(facts: Facts, bad: str) -> bool:

@@ -106,6 +106,33 @@ def test_the_first_rank_to_fail_is_named() -> None:
     assert answer.reason is not None and answer.reason.startswith("rank 1 on n2: Killed") and answer.node == "n2"
 
 
+MISSED = "another rank ended in the middle of a step, and this one waited for it; its log has the cause"
+ECHOED = "srun: error: n1: task 0: Exited with exit code 1\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "n1", "node", "words"),
+    [
+        (ECHOED, "alloc", "n2", "nothing was heard from n2, and rank 0 on n1: Exited with exit code 1"),
+        (ECHOED + "srun: error: Node failure on n2\n", "alloc", "n2", "node n2 failed"),
+        (
+            ECHOED + "srun: error: n2: task 1: Killed\n",
+            "alloc",
+            None,
+            "rank 0 on n1",
+        ),  # by srun itself, as far as one can see
+        (ECHOED, "down*", "n1", "node n1 is down*"),
+    ],
+)
+def test_a_rank_that_missed_another_does_not_condemn_its_own_node(
+    said: str, n1: str, node: str | None, words: str
+) -> None:
+    """A node went, and srun told first of the rank of the other one that waited for it: seen on Slurm 22.05."""
+    answer = ask((1, MISSED), 1, said, known=facts(n1=n1))
+    assert (answer.kind, answer.node) == ("node", node) and str(answer.reason).startswith(words)
+    assert answer.action == ("avoid" if node else "requeue")
+
+
 def test_the_node_that_starts_no_rank_is_named() -> None:
     """Also where ranks of other nodes, which srun ends then, are what it speaks of first."""
     for said in (NOT_LAUNCHED, "srun: error: n1: task 0: Killed\n" + NOT_LAUNCHED):

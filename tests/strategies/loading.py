@@ -24,6 +24,12 @@ def private_bytes() -> int:
     raise OSError("no RssAnon in /proc/self/status")
 
 
+def read_bytes() -> int:
+    """What the disk was asked for on behalf of this process, mapped files too (proc(5))."""
+    lines = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(lines["read_bytes"])
+
+
 def main(run: str, tiny: str, out: str) -> None:
     import torch
     from accelerate import Accelerator
@@ -38,6 +44,9 @@ def main(run: str, tiny: str, out: str) -> None:
     plan = Plan.model_validate_json(Path(run, "plan.json").read_text())
     assert plan.chosen is not None
     config, chosen, cpu = plan.config, plan.chosen, torch.device("cpu")
+
+    def held(p: torch.nn.Parameter) -> int:
+        return (p.to_local() if isinstance(p, DTensor) else p).numel() * p.element_size()
 
     def load(folder: str) -> Any:
         prepared = prepare(Path(folder), config.model, config.strategy, chosen, cpu, 0)
@@ -55,17 +64,19 @@ def main(run: str, tiny: str, out: str) -> None:
             peak = max(peak, private_bytes())
 
     thread = threading.Thread(target=watch)
+    read = read_bytes()
     thread.start()
     prepared, layout = load(config.model.name)
     over.set()
     thread.join()
     base = [p for p in layout.inside.parameters() if not p.requires_grad]
     found = {
+        "read_bytes": read_bytes() - read,
         "peak": max(peak, private_bytes()) - before,
         "end": private_bytes() - before,
-        "base_bytes": sum(p.to_local().numel() * p.element_size() for p in base if isinstance(p, DTensor)),
+        "base_bytes": sum(held(p) for p in base if isinstance(p, DTensor)),
         "buffer_bytes": sum(b.numel() * b.element_size() for b in layout.inside.buffers()),
-        "adapter_bytes": layout.local_bytes - sum(p.to_local().numel() * p.element_size() for p in base),
+        "adapter_bytes": layout.local_bytes - sum(held(p) for p in base),
         "weights": prepared.total - prepared.trainable,
     }
     Path(out, f"{accelerator.process_index}.json").write_text(json.dumps(found))

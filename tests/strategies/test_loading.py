@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,41 +56,69 @@ def large_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> P
     return folder
 
 
-def test_a_node_holds_the_weights_in_four_bit_and_fifteen_per_cent(
-    large_model: Path, tiny_model: Path, rows_file: Path, tmp_path: Path
-) -> None:
-    config = {
-        "model": {"name": str(large_model), "dtype": "bf16"},
-        "data": {"train": str(rows_file), "eval": 0, "max_length": 96},
-        "strategy": {"method": "qlora", "parallel": "fsdp2", "lora": {"r": 2}},
-        "cluster": {"name": "local", "processes": 2},
-        "output": str(tmp_path / "run"),
-    }
-    plan = api.plan(config)
+def load(folder: Path, tiny: Path, config: dict[str, Any], world: int) -> list[dict[str, Any]]:
+    """What each of so many ranks of one node says of loading (loading.py)."""
+    folder.mkdir()
+    cluster = {"name": "local", "processes": world}
+    plan = api.plan({**config, "cluster": cluster, "output": str(folder / "run")})
     assert plan.chosen is not None
-    (tmp_path / "plan.json").write_text(plan.model_dump_json())
+    (folder / "plan.json").write_text(plan.model_dump_json())
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    command = [sys.executable, str(Path(__file__).with_name("loading.py")), str(folder), str(tiny), str(folder)]
     ranks = []
-    for rank in ("0", "1"):
-        several = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
-        environment = {**os.environ, **local.cpu_environment(2), **several, "LOCAL_WORLD_SIZE": "2"}
-        command = [
-            sys.executable,
-            str(Path(__file__).with_name("loading.py")),
-            str(tmp_path),
-            str(tiny_model),
-            str(tmp_path),
-        ]
+    for rank in map(str, range(world)):
+        several = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        several |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **local.cpu_environment(world), **(several if world > 1 else {})}
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     outputs = [rank.communicate()[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-4000:]
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank.returncode for rank in ranks] == [0] * world, "\n".join(outputs)[-4000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def forget(files: list[Path]) -> None:
+    """Drops what the kernel keeps of them in memory."""
+    for file in files:
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+Loaded = tuple[int, list[dict[str, Any]], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def loaded(large_model: Path, tiny_model: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """The model's bytes on the disk; what two ranks say that load it first, and what a process says that comes after them."""
+    files, folder = sorted(large_model.glob("*.safetensors")), tmp_path_factory.mktemp("loaded")
+    forget(files)
+    config = {
+        "model": {"name": str(large_model), "dtype": "bf16"},
+        "data": {"train": str(rows_file), "eval": 0, "max_length": 96},
+        "strategy": {"method": "qlora", "parallel": "fsdp2", "lora": {"r": 2}},
+    }
+    two = load(folder / "two", tiny_model, config, 2)
+    (one,) = load(folder / "one", tiny_model, {**config, "strategy": {"method": "lora", "lora": {"r": 2}}}, 1)
+    return sum(file.stat().st_size for file in files), two, one
+
+
+def test_a_node_holds_the_weights_in_four_bit_and_fifteen_per_cent(loaded: Loaded) -> None:
+    _, found, _ = loaded
     in_16_bit = 2 * found[0]["weights"]
     weights = sum(f["base_bytes"] for f in found) + found[0]["buffer_bytes"]
     assert found[0]["weights"] > 350e6 and 0.25 * in_16_bit < weights < 0.32 * in_16_bit  # embeddings stay in 16 bit
     node = sum(f["peak"] - f["adapter_bytes"] for f in found)
     assert node < 1.15 * weights, (node / weights, found)
+
+
+def test_a_node_reads_the_model_from_its_disk_once(loaded: Loaded) -> None:
+    """Whoever loads it next, another trial say, finds it in the kernel's memory: files are mapped and never copied."""
+    size, first, second = loaded
+    read = sum(rank["read_bytes"] for rank in first)
+    if read == 0:
+        pytest.skip("the folder of the tests is memory itself: nothing is read from a disk")
+    assert 0.95 * size < read < 1.1 * size and second["read_bytes"] < 0.02 * size, (read, second, size)
