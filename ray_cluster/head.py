@@ -56,7 +56,7 @@ def main(state: str) -> int:
             elif not ready and time.monotonic() > deadline:
                 print(f"the head did not answer within {START_S:.0f} s; see {folder.log}", file=sys.stderr)
                 return 1
-            time.sleep(0.2 if not ready else 1.0)
+            time.sleep(0.2 if not ready else 0.5)
         return 0 if stopped.wished else 1
     finally:
         end_process(json.loads((folder.root / "head.json").read_text(encoding="utf-8")))  # first: it starts nodes
@@ -113,13 +113,14 @@ def autoscaling(
 
 def head_command(folder: ClusterFolder, facts: dict[str, Any], ports: dict[str, int]) -> list[str]:
     """No CPUs and no GPUs: drivers run on the head, ranks never do. The agent, which starts jobs, has a port of its own: Ray's is
-    always 52365, and the second cluster of a machine would take no job."""
+    always 52365, and the second cluster of a machine would take no job. No process that sends what workers print to their drivers: no
+    driver of ours listens, and ranks have logs in their run's folder."""
     return [
         *ray_program(), "start", "--head", "--block", f"--node-ip-address={facts['host']}", f"--port={ports['gcs']}",
         "--num-cpus=0", "--num-gpus=0", f"--temp-dir={facts['scratch']}/h", f"--object-store-memory={facts['object_store_bytes']}",
         "--include-dashboard=true", f"--dashboard-host={facts['host']}", f"--dashboard-port={ports['dashboard']}",
         f"--ray-client-server-port={ports['client']}", f"--dashboard-agent-listen-port={ports['agent']}",
-        f"--autoscaling-config={folder.autoscaling}", "--disable-usage-stats",
+        f"--autoscaling-config={folder.autoscaling}", "--disable-usage-stats", "--include-log-monitor=false",
     ]  # fmt: skip
 
 

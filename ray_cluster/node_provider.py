@@ -127,7 +127,7 @@ def node_command(
         *ray_program(), "start", f"--address={address}", "--block", f"--node-name={node_id}", f"--temp-dir={scratch}",
         f"--num-cpus={int(resources.get('CPU', 1))}", f"--num-gpus={int(resources.get('GPU', 0))}",
         f"--object-store-memory={object_store}", f"--resources={json.dumps(extra)}", "--disable-usage-stats",
-        "--dashboard-agent-listen-port=0",
+        "--dashboard-agent-listen-port=0", "--include-log-monitor=false",
     ]  # fmt: skip
 
 

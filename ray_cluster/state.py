@@ -79,7 +79,8 @@ class ClusterFolder:
         return facts
 
     def create(self, **facts: Any) -> None:
-        """The folder, a new token that only its owner can read, and the first facts."""
+        """The folder, a new token that only its owner can read, and the first facts. What a start that failed left there goes."""
+        shutil.rmtree(self.root, ignore_errors=True)
         self.nodes.mkdir(parents=True)
         self.root.chmod(0o700)
         handle = os.open(self.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -19,6 +19,7 @@ from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 from .test_runs import LONG, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+SHORT = {"optimization.max_steps": 20, "optimization.global_batch_size": 8}
 Config = Callable[..., dict[str, Any]]
 
 
@@ -60,6 +61,7 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
     the new head, from its checkpoint. (That nodes which lose their head end by themselves: tests/slurm/test_ray_nodes.py.) After `down`
     nothing of it is left, and the other is as it was."""
     folder, other = cluster_folder(ray_local), cluster_folder(ray_cluster.stem)
+    clusters.resize(ray_local, 1)  # it comes up beside what follows
     capsys.readouterr()
     assert cli.main(["cluster", "status", ray_local, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["up"]
@@ -68,11 +70,7 @@ def test_two_clusters_keep_apart_and_a_run_outlives_its_head(
             rest.Dashboard("wrong", folder.read()["dashboard"], token).nodes()
     assert cli.main(["cluster", "up", ray_local]) == 2 and "is up already" in capsys.readouterr().err
 
-    run = RunFolder(
-        api.submit(
-            tiny_config(LONG | {"optimization.max_steps": 20}, output=str(tmp_path / "run")), cluster=ray_local
-        ).folder
-    )
+    run = RunFolder(api.submit(tiny_config(LONG | SHORT, output=str(tmp_path / "run")), cluster=ray_local).folder)
     wait_for(lambda: record.read(run)["step"] >= 7, 400, lambda: f"step 7: {record.read(run)}")
     head = psutil.Process(json.loads((folder.root / "head.json").read_text())["pid"])
     supervisor = psutil.Process(json.loads((folder.root / "supervisor.json").read_text())["pid"])

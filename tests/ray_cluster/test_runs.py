@@ -30,7 +30,7 @@ LONG = {
 }  # fmt: skip
 
 # How long Ray Train waits for a group of the old size before it starts a smaller one (30 s elsewhere): ranks start fast here.
-ELASTIC = {"workers": [1, 3], "environment": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "12"}}
+ELASTIC = {"workers": [1, 3], "environment": {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "6"}}
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
