@@ -37,9 +37,10 @@ class Runs:
         self.reads = 0  # of run folders, since the start
 
     def folders(self) -> dict[str, RunFolder]:
-        """By the name that a page is asked for: RUN, and SWEEP/003 for a trial."""
-        found = {file.parent.name: RunFolder(file.parent) for file in self.root.glob("*/run.json")}
-        for file in self.root.glob("*/trials/*/run.json"):
+        """By the name that a page is asked for: RUN, and SWEEP/003 for a trial. The folder may itself be a run or a sweep."""
+        here = self.root.absolute()
+        found = {file.parent.name: RunFolder(file.parent) for p in ("run.json", "*/run.json") for file in here.glob(p)}
+        for file in [*here.glob("trials/*/run.json"), *here.glob("*/trials/*/run.json")]:
             found[f"{file.parents[2].name}/{file.parent.name}"] = RunFolder(file.parent)
         return found
 

@@ -10,8 +10,12 @@ ranks save at the end of their step, and the trial waits for its next node. Left
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +27,8 @@ from ..launcher.plan import Plan
 from ..launcher.run_folder import RunFolder
 from . import scheduler
 from .ranks import first_hang, in_vain, kind_of, saved_step
+
+NODE_VARIABLE = "TREBUCHET_RAY_NODE"  # set by tuning.py: Ray's id of the node
 
 
 class TakenBack(Exception):
@@ -44,9 +50,31 @@ def main(run: str) -> int:
         return again(folder, outcome, restarts)
 
     try:
-        return local.execute(folder, plan, direct=True, again=worth)
+        with alone_on(gpus_of(os.environ)):
+            return local.execute(folder, plan, direct=True, again=worth)
     except TakenBack:
         return 1
+
+
+def gpus_of(environment: Mapping[str, str]) -> list[str]:
+    """The GPUs that Ray gave to this trial, each by a name that no other GPU of this machine has, whichever Ray node it is part of."""
+    node = environment.get(NODE_VARIABLE, "")
+    return sorted(f"{node}-{gpu}" for gpu in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu)
+
+
+@contextlib.contextmanager
+def alone_on(gpus: list[str]) -> Iterator[None]:
+    """Waits for the GPUs. Ray gives those of a trial that Tune has ended to the next at once, and the one that ended is still saving:
+    two models would share the memory. The kernel gives a lock back with the process that has it."""
+    with contextlib.ExitStack() as stack:
+        for gpu in gpus:
+            name = f"trebuchet-{os.getuid()}-{gpu.replace(os.sep, '-')}.lock"
+            file = os.open(
+                Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def tell_ranks(folder: RunFolder, told: list[int]) -> None:

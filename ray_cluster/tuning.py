@@ -26,6 +26,7 @@ from ..launcher.job_state import JobState
 from ..launcher.plan import Plan
 from ..launcher.sweep import SweepFolder
 from . import between, scheduler, trials
+from .one_node import NODE_VARIABLE
 
 LOOK_S = 0.5
 # Where the function of a trial over several nodes waits: on the head, which has no cores to give. Every head has this resource.
@@ -99,7 +100,8 @@ def trial(config: dict[str, Any]) -> None:
     start = ["driver", str(folder.root), "--trial"] if several else ["one_node", str(folder.root)]
     command = [sys.executable, "-m", f"trebuchet.ray_cluster.{start[0]}", *start[1:]]
     # The address by name: without it Ray takes the cluster that was started last on this machine.
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    here = ray.get_runtime_context()
+    environment = {**os.environ, "RAY_ADDRESS": here.gcs_address, NODE_VARIABLE: here.get_node_id()}
     process = between.start(command, environment)
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):

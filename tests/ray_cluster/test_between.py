@@ -1,12 +1,15 @@
-"""What stands between Ray's process and a trial's watcher, tried without Ray: a parent that ends its children as Ray does."""
+"""What stands between Ray's process and a trial's watcher, tried without Ray: a parent that ends its children as Ray does, and the GPUs
+of a trial that has ended and still saves."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -89,3 +92,36 @@ def test_a_wish_for_a_checkpoint_and_the_exit_code_are_handed_on() -> None:
         os.kill(watcher, signal.SIGTERM)
         assert line(said) == "SIGTERM"
         assert caller.wait(60) == 7
+
+
+# Says that it asks for the GPUs, and when it has them, and keeps them.
+HOLDER = """
+import os, sys
+from trebuchet.ray_cluster import one_node
+print("asking", flush=True)
+with one_node.alone_on(one_node.gpus_of(os.environ)):
+    print("mine", flush=True)
+    input()
+"""
+
+
+def test_a_trial_waits_for_gpus_whose_last_one_still_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks are files: no GPU is needed. Another GPU, or one of that number in another Ray node, is not waited for."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start(node: str, gpus: str) -> tuple[subprocess.Popen[bytes], int]:
+        monkeypatch.setenv("TREBUCHET_RAY_NODE", node)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        return listen(HOLDER)
+
+    with contextlib.ExitStack() as stack:
+        those = [start("a", "0,1"), start("a", "2"), start("b", "0"), start("a", "")]
+        for process, said in those:
+            stack.callback(process.kill)
+            assert [line(said), line(said)] == ["asking", "mine"]
+        process, said = start("a", "1")
+        stack.callback(process.kill)
+        assert line(said) == "asking"
+        assert not select.select([said], [], [], 1)[0], "two trials had one GPU"
+        those[0][0].kill()
+        assert line(said) == "mine"

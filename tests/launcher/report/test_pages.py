@@ -20,7 +20,7 @@ from trebuchet.launcher import cli, record
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.report import collect, compare, page
 from trebuchet.launcher.run_folder import RunFolder
-from trebuchet.launcher.ui import Server
+from trebuchet.launcher.ui import Runs, Server
 
 HOSTILE = "</script><script>window.owned = 1</script> <img src=x onerror='window.owned=2'> & \"q\" {{ 7*7 }} \u2028"
 RATES = (1e-5, 3e-5, 1e-4, 2e-4, 4e-4, 1e-3, 3e-3)
@@ -272,6 +272,8 @@ def test_trials_of_a_sweep_are_runs_too(server: Server) -> None:
     assert shown.status == 200 and "/run/tried%2F003/body" in shown.text  # type: ignore[attr-defined]
     assert ask(server, "/run/tried%2F003/body", Cookie=cookie).status == 200
     assert ask(server, "/run/tried/004", Cookie=cookie).status == 404
+    for folder, name in (("tried", "tried/003"), ("first", "first")):  # `trebuchet ui` of one sweep or run
+        assert list(Runs(server.runs.root / folder).all()) == [name]
 
 
 def test_two_hundred_runs_are_read_once_and_then_only_where_they_change(tmp_path: Path) -> None:
