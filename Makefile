@@ -43,16 +43,17 @@ demo: .venv/demo
 # test is one thread of arithmetic. A group (of one module's fixture) stays in one process.
 KERNEL_TESTS := $(PY) -m pytest -n 2 --dist loadgroup tests/kernels
 
-# The others: short ones two at a time, a file in one process, and so the slow ones of training, most of which are one process; then
-# those that start clusters, ranks or servers, one by one.
+# The others: short ones two at a time, a file in one process, and so the slow ones of training and the launcher, most of which are one
+# process; then those of clusters and of several ranks, one by one.
 SHORT_TESTS := $(PY) -m pytest -n 2 --dist loadfile --ignore tests/kernels -m 'not slow and not gpu'
+ONE_PROCESS := tests/training tests/launcher
 SLOW := -m 'slow or gpu' --durations 40
 
 test: .venv/dev
 	$(KERNEL_TESTS)
 	$(SHORT_TESTS)
-	$(PY) -m pytest -n 2 --dist loadfile tests/training $(SLOW)
-	$(PY) -m pytest --ignore tests/kernels --ignore tests/training $(SLOW)
+	$(PY) -m pytest -n 2 --dist loadfile $(ONE_PROCESS) $(SLOW)
+	$(PY) -m pytest --ignore tests/kernels $(ONE_PROCESS:%=--ignore %) $(SLOW)
 
 test-fast: .venv/dev
 	$(KERNEL_TESTS) -m 'not slow and not gpu'
