@@ -253,3 +253,15 @@ def test_a_python_in_a_folder_with_a_space_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(ClusterError, match="a space in its name, and this Python is /opt/my tools/bin/python"):
         clusters.up(load_cluster("ray-local"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_cluster_starts_after_a_start_that_failed(tmp_path: Path) -> None:
+    """What that left, but for the facts that say a cluster is up, gives way to the new one: its token too."""
+    folder = ClusterFolder(tmp_path / "mine")
+    folder.create(provider="local")
+    (folder.log).write_text("its last words")
+    token = folder.token.read_text()
+    folder.facts.unlink()  # as `clusters.wait_until_ready` leaves it
+    folder.create(provider="local")
+    assert folder.exists and folder.token.read_text() != token and not folder.log.exists()
+    assert folder.token.stat().st_mode & 0o777 == 0o600
