@@ -26,6 +26,7 @@ def dequantized(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_adapters_train_like_peft_on_the_dequantized_weights(
     make_loop: Callable[..., Loop],
     tiny_model: Path,
@@ -95,6 +96,7 @@ def test_checkpointing_does_not_free_the_inputs(make_loop: Callable[..., Loop]) 
     assert alive == {"lora": False, "int8": True}
 
 
+@pytest.mark.slow
 def test_a_whole_run_leaves_an_adapter_that_peft_opens(
     tmp_path: Path,
     tiny_config: Callable[..., dict[str, Any]],

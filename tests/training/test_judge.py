@@ -37,6 +37,7 @@ def train(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> Callabl
     return go
 
 
+@pytest.mark.slow
 def test_a_run_is_called_better_and_its_rows_are_those_of_transformers(
     train: Callable[..., tuple[RunFolder, str | None]], by_template: Callable[[Path], Any], held_out_file: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_run_is_called_better_and_its_rows_are_those_of_transformers(
     assert cli.main(["export", str(folder.root), "--format", "adapter"]) == 2
 
 
+@pytest.mark.slow
 def test_a_wrecked_learning_rate_is_called_worse_and_trips_the_threshold(
     train: Callable[..., tuple[RunFolder, str | None]],
 ) -> None:
@@ -97,6 +99,7 @@ def test_a_wrecked_learning_rate_is_called_worse_and_trips_the_threshold(
     assert (folder.model / "config.json").exists()  # what was trained is kept: it was paid for
 
 
+@pytest.mark.slow
 def test_a_rate_of_nearly_nothing_is_not_distinguishable(train: Callable[..., tuple[RunFolder, str | None]]) -> None:
     changes = {"optimization.learning_rate": 1e-9, "optimization.max_steps": 2, "optimization.weight_decay": 0}
     folder, failed = train({**changes, "evaluation.max_forgetting": 0.01})
@@ -105,6 +108,7 @@ def test_a_rate_of_nearly_nothing_is_not_distinguishable(train: Callable[..., tu
     assert found["compared"]["accuracy"]["verdict"] == "not distinguishable"
 
 
+@pytest.mark.slow
 def test_training_stops_early_and_the_best_weights_become_the_model(
     train: Callable[..., tuple[RunFolder, str | None]],
 ) -> None:
@@ -123,6 +127,7 @@ def test_training_stops_early_and_the_best_weights_become_the_model(
 
 
 @pytest.mark.parametrize("best", ["kl", "general", "letters"])
+@pytest.mark.slow
 def test_the_best_weights_by_what_was_forgotten_or_by_a_metric_of_answers(
     train: Callable[..., tuple[RunFolder, str | None]], tmp_path: Path, best: str
 ) -> None:
@@ -165,6 +170,7 @@ def test_a_best_figure_that_there_is_not_is_refused(tiny_config: Callable[..., d
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_estimate_of_kl_is_the_exact_one(tiny_model: Path) -> None:
     """Over many sampled answers it comes near the sum over the vocabulary, position by position."""
     torch.manual_seed(0)
@@ -211,6 +217,7 @@ def test_a_verdict_agrees_with_its_interval(rows: list[tuple[float, float, int]]
     assert (back["low"], back["high"]) == pytest.approx((-found["high"], -found["low"]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_as_often_as_it_says() -> None:
     """400 pairs of equal models on 60 rows each: about 5 % are called different by chance."""
     random = np.random.default_rng(0)

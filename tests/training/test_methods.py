@@ -29,6 +29,7 @@ def quantized(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.slow
 def test_adapters_train_like_peft_in_float64(
     make_loop: Callable[..., Loop],
     tiny_model: Path,
@@ -66,6 +67,7 @@ def test_adapters_train_like_peft_in_float64(
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.slow
 def test_a_whole_run_leaves_an_adapter_that_peft_opens(
     tmp_path: Path,
     tiny_config: Callable[..., dict[str, Any]],

@@ -45,12 +45,14 @@ def test_all_came(tmp_path: Path) -> None:
     assert ranks_come(tmp_path, [0, 1, 2], 60) == [([], dict(enumerate(NODES)))] * 3
 
 
+@pytest.mark.slow
 def test_every_rank_that_came_names_the_node_of_the_one_that_did_not(tmp_path: Path) -> None:
     for problems, came in ranks_come(tmp_path, [0, 2], 3):
         assert came == {0: "n1", 2: "n3"}
         assert len(problems) == 1 and problems[0].startswith("n2: its rank 1 did not come within 3 s"), problems
 
 
+@pytest.mark.slow
 def test_a_rank_that_has_begun_is_waited_for_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its mark is of this attempt; one of another attempt is none."""
     monkeypatch.setattr(roll_call, "ANSWER_S", 0.5)
@@ -66,6 +68,7 @@ def test_a_rank_that_has_begun_is_waited_for_longer(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())  # marks do not stay
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_does_not_come_is_named_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roll_call, "ANSWER_S", 0.5)
     for (problems, came), rank in zip(ranks_come(tmp_path, [1, 2], 0.5), (1, 2), strict=True):

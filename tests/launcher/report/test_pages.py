@@ -113,6 +113,7 @@ def test_filters_the_colour_switch_and_printing(browser: Browser, folder: Path, 
     assert browser.script("document.documentElement.scrollWidth") <= 390 and browser.complaints() == []
 
 
+@pytest.mark.slow
 def test_runs_side_by_side(browser: Browser, folder: Path, tmp_path: Path) -> None:
     output = page.write(collect.find([str(folder)]), tmp_path / "all.html")
     browser.open(output.as_uri())
@@ -129,6 +130,7 @@ def test_runs_side_by_side(browser: Browser, folder: Path, tmp_path: Path) -> No
     assert order[0] == "trial-2" and order[-1] == "trial-6"
 
 
+@pytest.mark.slow
 def test_the_trials_of_a_sweep_on_parallel_axes(browser: Browser, tmp_path: Path) -> None:
     """By the keys of the space. The losses stand at |log10(rate) + 4|, so their ranks over the rates are 5.5 3 1 2 4 5.5 7."""
     sweep = made.write_sweep(tmp_path / "sweep", RATES)
@@ -142,6 +144,7 @@ def test_the_trials_of_a_sweep_on_parallel_axes(browser: Browser, tmp_path: Path
     assert dict(bars)["optimization.learning_rate"] == pytest.approx(12.5 / (28 * 27.5) ** 0.5)
 
 
+@pytest.mark.slow
 def test_what_users_wrote_stays_text(browser: Browser, tmp_path: Path) -> None:
     folder = made.write(tmp_path / "a <b>bold<b> name & 'q'", made.planned(1e-4), prompt=HOSTILE)
     browser.open(page.write([collect.read(folder)], tmp_path / "h.html").as_uri())

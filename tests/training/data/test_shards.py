@@ -107,6 +107,7 @@ def sheets(folder: Path, cache: str, **curated: Any) -> tuple[Maker, Samples, st
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.slow
 def test_processes_of_one_machine_share_the_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def start(cache: Path, tokenizer: Any, data: Data, folder: Path, *more: str) -> 
     return subprocess.Popen([sys.executable, "-c", PROGRAM, *words], stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_beside_another_leaves_the_right_entries(chatml: Any, tmp_path: Path) -> None:
     """Three processes on one cache, one of them killed while it works: the others end with the bytes that one alone makes."""
     data = section(tmp_path)

@@ -109,6 +109,7 @@ def _opens_as_a_classifier(folder: Path, base: str | None) -> None:
     assert weight.shape == (1, 64) and float(weight.abs().sum()) > 0
 
 
+@pytest.mark.slow
 def test_the_example_makes_rows_of_both_kinds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = runpy.run_path(str(ROOT / "examples" / "docstring_preferences.py"))
     script["main"](tmp_path)
