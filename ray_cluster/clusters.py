@@ -75,17 +75,18 @@ def start_head(folder: ClusterFolder) -> None:
 
 
 def wait_until_ready(folder: ClusterFolder) -> dict[str, Any]:
-    deadline = time.monotonic() + START_S
+    deadline, how = time.monotonic() + START_S, f"did not come up within {START_S:.0f} s"
     while time.monotonic() < deadline:
         facts = folder.read()
         if facts["ready"]:
             return facts
         if not alive(folder):
+            how = "ended before it was up"
             break
         time.sleep(0.2)
     tail = " / ".join(folder.log.read_text(errors="replace").strip().splitlines()[-3:]) if folder.log.exists() else ""
     down(folder.name, lambda line: None, keep_log=True)
-    raise ClusterError(f"the head of {folder.name} did not come up within {START_S:.0f} s. Its last words: {tail}")
+    raise ClusterError(f"the head of {folder.name} {how}. Its last words: {tail}")
 
 
 def resize(name: str, nodes: int, *, at_most: bool = False) -> None:
@@ -118,10 +119,7 @@ def down(name: str, say: Say = print, *, keep_log: bool = False) -> None:
         from .head import end_nodes
 
         end_nodes(folder)
-    if keep_log:
-        folder.facts.unlink()
-    else:
-        folder.remove()
+    folder.remove(keep_log=keep_log)
     say(f"{name} is down")
 
 

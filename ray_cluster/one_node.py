@@ -73,7 +73,11 @@ def alone_on(gpus: list[str]) -> Iterator[None]:
                 Path(tempfile.gettempdir()) / name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
             )
             stack.callback(os.close, file)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"the last trial on GPU {gpu} is still saving; this one starts after it", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

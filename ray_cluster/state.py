@@ -79,8 +79,7 @@ class ClusterFolder:
         return facts
 
     def create(self, **facts: Any) -> None:
-        """The folder, a new token that only its owner can read, and the first facts. What a start that failed left there goes."""
-        shutil.rmtree(self.root, ignore_errors=True)
+        """The folder, a new token that only its owner can read, and the first facts."""
         self.nodes.mkdir(parents=True)
         self.root.chmod(0o700)
         handle = os.open(self.token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -88,11 +87,21 @@ class ClusterFolder:
             file.write(secrets.token_hex(32))
         self.write(name=self.name, address=None, dashboard=None, **facts)
 
-    def remove(self) -> None:
+    def remove(self, *, keep_log: bool = False) -> None:
+        """All of it, and what lies in the scratch folder; after a start that failed all but the logs."""
         with contextlib.suppress(ClusterError):
             if scratch := self.read().get("scratch"):
                 shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(self.root, ignore_errors=True)
+        if not keep_log:
+            shutil.rmtree(self.root, ignore_errors=True)
+            return
+        # The facts last: while they are there, the next `up` takes away what this did not come to.
+        left = [path for path in self.root.iterdir() if path not in (self.log, self.root / "logs")]
+        for path in sorted(left, key=lambda path: path == self.facts):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def cluster_folder(name: str) -> ClusterFolder:

@@ -62,8 +62,9 @@ def render_node(
         f'"$python" -m ray.scripts.scripts start --address={quote(facts["address"])} --block --node-name={quote(node_id)} \\\n'
         f'  --temp-dir="$scratch" --num-cpus={int(resources.get("CPU", 1))} --num-gpus={int(resources.get("GPU", 0))} \\\n'
         f"  --object-store-memory={facts['object_store_bytes']} --resources={quote(json.dumps(extra))} --disable-usage-stats \\\n"
-        "  --dashboard-agent-listen-port=0 &\n"
+        "  --dashboard-agent-listen-port=0 --include-log-monitor=false &\n"
     )
+    # In /tmp whatever TMPDIR says: the path of a socket has room for 107 bytes, and Ray's own part takes most of them.
     scratch = "scratch=$(mktemp -d /tmp/tr-XXXXXX) || exit 1  # short, because it holds sockets\ntrap 'rm -rf \"$scratch\"' EXIT\n"
     return _script(_spec(folder, group, environment), site, python, scratch + start)
 

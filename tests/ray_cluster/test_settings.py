@@ -256,12 +256,15 @@ def test_a_python_in_a_folder_with_a_space_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_a_cluster_starts_after_a_start_that_failed(tmp_path: Path) -> None:
-    """What that left, but for the facts that say a cluster is up, gives way to the new one: its token too."""
-    folder = ClusterFolder(tmp_path / "mine")
-    folder.create(provider="local")
-    (folder.log).write_text("its last words")
+    """Of which the head's last words stay, and neither its token nor what lay in its scratch folder."""
+    folder, scratch = ClusterFolder(tmp_path / "mine"), tmp_path / "scratch"
+    scratch.mkdir()
+    folder.create(provider="local", scratch=str(scratch))
+    folder.log.write_text("its last words")
     token = folder.token.read_text()
-    folder.facts.unlink()  # as `clusters.wait_until_ready` leaves it
+    folder.remove(keep_log=True)
+    assert not folder.exists and [p.name for p in folder.root.iterdir()] == [folder.log.name] and not scratch.exists()
     folder.create(provider="local")
-    assert folder.exists and folder.token.read_text() != token and not folder.log.exists()
-    assert folder.token.stat().st_mode & 0o777 == 0o600
+    assert folder.exists and folder.token.read_text() != token and folder.token.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):  # two that start it at once: one of them
+        folder.create(provider="local")
