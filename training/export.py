@@ -1,6 +1,6 @@
 """The folder that users load: the ecosystem's own files, written beside and then renamed.
 
-full: config.json and model.safetensors (several with an index when large) in the dtype the base came in; lora and qlora: an
+full: config.json and model.safetensors (several with an index when large) in the dtype that training computed in; lora and qlora: an
 adapter folder, which `AutoModelForCausalLM.from_pretrained` opens too (with PEFT installed). Tokenizer, template and the base's
 licence come along.
 Left out: merging.
@@ -59,15 +59,23 @@ def export(
             net.peft_config["default"].base_model_name_or_path = plan.config.model.name
             net.save_pretrained(beside, state_dict=adapters, safe_serialization=True)
     elif layout.together:
-        stream(layout, beside, DTYPES[plan.model.dtype], main=main, shard_bytes=shard_bytes)
+        stream(layout, beside, written_dtype(plan), main=main, shard_bytes=shard_bytes)
     elif main:
-        dtype = DTYPES[plan.model.dtype]
+        dtype = written_dtype(plan)
         state = cast(net, dtype)
         with as_loaded(net, dtype):
             net.save_pretrained(beside, state_dict=state, safe_serialization=True, max_shard_size=shard_bytes)
     if main:
         finish(beside, folder.model, base, tokenizer)
     return folder.model
+
+
+def written_dtype(plan: Plan) -> torch.dtype:
+    """That of the base where training computed in it too, else fp32: what was measured is what is written. Most updates of a short run
+    are smaller than half a step between two numbers of bf16, and rounding takes them away: a SmolLM2-135M that was trained in fp32 on
+    a CPU, from 3.815 to a held-out loss of 2.967, had 3.081 in the base's bf16."""
+    assert plan.chosen is not None
+    return DTYPES[plan.model.dtype] if plan.chosen.precision == f"{plan.model.dtype}-mixed" else torch.float32
 
 
 def finish(beside: Path, final: Path, base: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trebuchet.launcher import cli
 from trebuchet.strategies.layouts import Layout
-from trebuchet.training.export import cast, stream
+from trebuchet.training.export import cast, stream, written_dtype
+
+if TYPE_CHECKING:
+    from trebuchet.training.session import Session
 
 
 def tiny(tied: bool) -> LlamaForCausalLM:
@@ -80,3 +88,48 @@ def test_a_stream_holds_one_file_at_a_time(tmp_path: Path) -> None:
     assert most <= limit + largest < total / 2 and len(list(tmp_path.glob("*.safetensors"))) > total // limit
     opened = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(t, opened.state_dict()[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("base", "precision", "written"),
+    [
+        ("bf16", "bf16-mixed", torch.bfloat16), ("bf16", "fp32", torch.float32), ("bf16", "fp16-mixed", torch.float32),
+        ("fp16", "fp16-mixed", torch.float16), ("fp32", "bf16-mixed", torch.float32), ("fp32", "fp32", torch.float32),
+    ],
+)  # fmt: skip
+def test_a_dtype_that_training_did_not_compute_in_is_not_written(
+    base: str, precision: str, written: torch.dtype
+) -> None:
+    plan: Any = SimpleNamespace(model=SimpleNamespace(dtype=base), chosen=SimpleNamespace(precision=precision))
+    assert written_dtype(plan) == written
+
+
+def test_what_was_measured_is_what_is_written(
+    tiny_model: Path, tmp_path: Path, session: Callable[..., Session]
+) -> None:
+    """A base in bf16, trained in fp32 at a rate whose updates bf16 has no numbers for: the files are the trained weights to the bit, and
+    plain transformers finds the loss that the run's verdict is about."""
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(half)
+    steps = {
+        "model.name": str(half),
+        "optimization.max_steps": 4,
+        "optimization.learning_rate": 1e-5,
+        "checkpointing.every": 4,
+    }
+    run = session(steps)
+    assert run.runtime.plan.model.dtype == "bf16" and run.chosen.precision == "fp32"
+    assert run.run()
+    folder = run.runtime.folder
+    written, trained = (
+        load_file(folder.model / "model.safetensors"),
+        load_file(folder.checkpoint(4) / "trainable.safetensors"),
+    )
+    assert all(torch.equal(trained[name], tensor) for name, tensor in written.items()) and len(written) > 10
+    rounded = sum(torch.equal(trained[name], trained[name].bfloat16().float()) for name in trained)
+    assert rounded < len(trained) / 2  # it would have been seen
+    assert json.loads((folder.model / "config.json").read_text())["dtype"] == "float32"
+    said = json.loads(folder.evaluation.read_text())["after"]["loss"]
+    assert cli.main(["eval", str(folder.root)]) == 0
+    assert json.loads(folder.evaluation.read_text())["after"]["loss"] == pytest.approx(said, rel=1e-6)
