@@ -26,7 +26,9 @@ LIMIT_S = (
 SLOW_S = 600.0  # the same for ranks that have begun
 ANSWER_S = 10.0  # what the others wait for the first one, or for its verdict, beyond that
 HEARD_S = 2.0  # what the first rank, which holds the store, waits for the others to have read a bad verdict
-_store: dist.TCPStore | None = None  # kept: the process group's own store is served at the same port by the same server
+_served: dist.TCPStore | None = (
+    None  # rank 0's, kept: others may still ask, and the process group's own store is served by it too
+)
 
 
 def call(folder: Path, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[int, str]]:
@@ -35,7 +37,7 @@ def call(folder: Path, environment: Mapping[str, str] = os.environ) -> tuple[lis
     `folder` has the ranks' marks. `environment` is that of a worker; `TREBUCHET_NODES` has the job's nodes, separated by commas, and
     `TREBUCHET_ROLL_CALL_S` another limit in seconds than LIMIT_S.
     """
-    global _store
+    global _served
     rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
     here = environment.get("SLURMD_NODENAME", "")
     if world == 1:
@@ -45,7 +47,8 @@ def call(folder: Path, environment: Mapping[str, str] = os.environ) -> tuple[lis
     nodes = [name for name in environment.get("TREBUCHET_NODES", "").split(",") if name]
     try:
         store = _connect(folder, environment, limit_s)
-        _store = store
+        if rank == 0:
+            _served = store
         store.set(f"came/{rank}", here)
         if rank == 0:
             store.set("verdict", json.dumps(_count(store, world, limit_s, folder, environment)))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed import TCPStore
 from trebuchet.launcher import started
 from trebuchet.training import roll_call
 
@@ -43,6 +46,10 @@ def ranks_come(folder: Path, ranks: list[int], limit_s: float, late: Callable[[]
 
 def test_all_came(tmp_path: Path) -> None:
     assert ranks_come(tmp_path, [0, 1, 2], 60) == [([], dict(enumerate(NODES)))] * 3
+    served = roll_call._served  # by rank 0, whose call is over: a slower one may still ask
+    assert served is not None
+    late = TCPStore("127.0.0.1", served.port, is_master=False, timeout=timedelta(seconds=5))
+    assert json.loads(late.get("verdict")) == {"0": "n1", "1": "n2", "2": "n3"}
 
 
 @pytest.mark.slow
