@@ -188,15 +188,14 @@ def test_any_mapping_is_a_cluster_or_a_cluster_error(tree: dict[str, Any]) -> No
         assert Cluster.from_json(json.loads(json.dumps(cluster.to_json()))) == cluster
 
 
-def test_this_machine_costs_little_and_no_torch() -> None:
+def test_this_machine_is_read_without_torch_and_without_a_program() -> None:
+    """What it could cost: torch's import takes seconds, `nvidia-smi` up to one per call. (6 ms measured on 2 cores without a GPU.)"""
     code = (
-        "import sys, time; from trebuchet.launcher.cluster import this_machine\n"
-        "times = []\n"
-        "for _ in range(3):\n"
-        "    start = time.perf_counter(); this_machine(); times.append(time.perf_counter() - start)\n"
-        "print(min(times), 'torch' in sys.modules)"
+        "import sys; from trebuchet.launcher.cluster import this_machine\n"
+        "started = []\n"
+        "sys.addaudithook(lambda event, args: started.append(args[0]) if event in ('subprocess.Popen', 'os.system') else None)\n"
+        "this_machine()\n"
+        "print('torch' in sys.modules, started)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, torch = done.stdout.split()
-    # 6 ms measured on 2 cores without a GPU; with GPUs the start of the driver counts too, so they have no limit here
-    assert torch == "False" and (float(seconds) < 0.1 or this_machine().gpus > 0)
+    assert done.stdout == "False []\n"

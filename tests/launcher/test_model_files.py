@@ -271,4 +271,5 @@ def test_a_hub_that_does_not_answer_is_given_up_quickly(tmp_path: Path) -> None:
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     seconds, message = done.stdout.split(" ", 1)
-    assert float(seconds) < 5 and "the Hub does not answer (" in message  # huggingface_hub itself retries for 23 s
+    # huggingface_hub itself retries for 23 s, most of them asleep; ours takes one or two, and more on a busy machine
+    assert float(seconds) < 15 and "the Hub does not answer (" in message

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,9 @@ def test_one_array_and_one_table(slurm: SlurmCluster, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_thousand_items_are_one_call(slurm: SlurmCluster, tmp_path: Path) -> None:
     site = build_site({"partition": "low", "time": "5", "extra": ["--hold"]}, "test")
-    began = time.perf_counter()
     jobs = fan_out(math.sqrt, range(1000), site=site, folder=tmp_path, name="many")
-    taken = time.perf_counter() - began
     slurm.ask("scancel", jobs[0].job_id.partition("_")[0])
     assert {job.job_id.partition("_")[0] for job in jobs} == {jobs[0].job_id.partition("_")[0]} and len(jobs) == 1000
-    assert taken < 30, "one call takes well under a second on an idle machine"
 
 
 @pytest.mark.slow

@@ -74,7 +74,9 @@ words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_siz
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0))
 def test_any_text_is_masked_exactly_or_refused(name: str, byte_level: Tokenizer, turns: list[str]) -> None:
     """Decoded, each run of trained tokens is the answer and its end, but for white space shared with the header."""
