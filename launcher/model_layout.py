@@ -164,13 +164,16 @@ def _linears(dims: Config, config: Config, family: Family) -> tuple[LinearLayer,
 
 def _experts(h: int, f: int, experts: int, layers: int, moe: str) -> tuple[LinearLayer, ...]:
     """Router and experts: transformers 5 keeps the experts of a block in two three-dimensional parameters, not in
-    nn.Linear; PEFT 0.21 adapts them for Mixtral and Qwen3, under their names of transformers 4, and not for Phi."""
+    nn.Linear; PEFT 0.21 adapts them for Mixtral and Qwen3, under their names of transformers 4, and not for Phi. Phi's router is a
+    Linear that returns two tensors, which PEFT would take for one: it is left without an adapter (strategies/prepare.py)."""
     gate, up, down = {"mixtral": ("w1", "w3", "w2")}.get(moe, ("gate_proj", "up_proj", "down_proj"))
     adapted = moe != "phimoe"
     router = "mlp.gate" if adapted else "mlp.router"
     copies = layers * experts
     return (
-        LinearLayer(name=router, in_features=h, out_features=experts, count=layers, kind="router"),
+        LinearLayer(
+            name=router, in_features=h, out_features=experts, count=layers, kind="router", lora_rank=1 if adapted else 0
+        ),
         LinearLayer(
             name="mlp.experts.gate_up_proj",
             in_features=h,

@@ -73,7 +73,10 @@ class ModelSpec:
         assert not isinstance(targets, str)
         layers = (*self.linears, head)
         for target in targets:
-            if not any(_answers(layer, target) for layer in layers):
+            answering = [layer for layer in layers if _answers(layer, target)]
+            if answering and not any(layer.lora_rank for layer in answering):
+                raise ModelError(f"lora.targets: '{target}' of {self.model_type} cannot have an adapter; leave it out")
+            if not answering:
                 known = {n for layer in layers for n in (layer.names or (layer.name.rsplit(".", 1)[-1],))}
                 hint = did_you_mean(target, known)
                 raise ModelError(f"lora.targets: {self.name} has no linear layer '{target}'{hint}")

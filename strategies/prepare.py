@@ -175,6 +175,7 @@ def _adapt(net: Any, strategy: StrategyChoice, score: bool) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=_routers(net) or None,
         task_type="SEQ_CLS" if score else "CAUSAL_LM",  # which also trains the score head whole
     )
     made = get_peft_model(net, config)
@@ -182,6 +183,19 @@ def _adapt(net: Any, strategy: StrategyChoice, score: bool) -> Any:
         if parameter.requires_grad:  # the copy of a score head comes in the dtype of the base
             parameter.data = parameter.data.float()
     return made  # adapters of a 16-bit base are fp32: updates smaller than a bf16 step survive
+
+
+def _routers(net: Any) -> list[str]:
+    """Names of linear layers whose own forward returns more than their product (Phi-3.5-MoE's routers): "all-linear" means them too,
+    and PEFT's layer around one would fail at the first step."""
+    linear = torch.nn.Linear
+    own = {
+        name.rpartition(".")[2]
+        for name, module in net.named_modules()
+        if isinstance(module, linear) and type(module).__module__.startswith("transformers.models.")
+        if type(module).forward is not linear.forward
+    }
+    return sorted(own)
 
 
 def _patch(net: Any, strategy: StrategyChoice, device: torch.device) -> KernelReport | None:

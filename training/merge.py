@@ -140,8 +140,9 @@ class _Merge:
             cast = tensor.to(DTYPES[self.dtype])
             if name in ends:
                 kept[name] = cast
-            else:
-                writer.add(name, cast)
+                continue
+            for written, part in self.weights.as_saved(name, cast):
+                writer.add(written, part)
         same = all(torch.equal(kept[a], kept[b]) for a, b in self.weights.tied.items() if a in kept and b in kept)
         for name, tensor in kept.items():
             if not (same and name in self.weights.tied):
@@ -158,7 +159,7 @@ class _Merge:
             held = fill(name, unit, self.fetch)
             if isinstance(unit, BaseTunerLayer):
                 try:
-                    unit.merge(safe_merge=True)
+                    merge_all(unit)
                 except (ValueError, RuntimeError) as error:
                     raise JobFailed(f"{plain_name(name)} cannot be merged: {str(error).splitlines()[0]}") from None
                 owner: Any = unit.get_base_layer()
@@ -201,3 +202,12 @@ class _Merge:
             trained = proof.logits_of(wrapped, self.trained_on, ids, mask)
             facts["difference_from_trained"] = proof.compare(trained, written, len(ids)).to_json()
         return facts
+
+
+def merge_all(layer: Any) -> None:
+    """Every adapter around one layer: experts have one in another, for each of their two parameters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    while isinstance(layer, BaseTunerLayer):
+        layer.merge(safe_merge=True)
+        layer = layer.base_layer  # type: ignore[attr-defined]  # every layer of PEFT has one

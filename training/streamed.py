@@ -1,8 +1,9 @@
 """A model's weights read one module at a time, so that a model larger than the memory can still be computed with.
 
-The model is built without weights; what a module needs is read from the safetensors files right before it is used and let go after.
-All arithmetic is fp32. Left out: speed (a forward pass reads the files once) and checkpoints whose tensors are named or arranged
-otherwise than the model's (transformers converts some mixture-of-experts families while loading): those are refused.
+The model is built without weights; what a module needs is read from the safetensors files right before it is used and let go after,
+and what is written has the names of the files. Where they hold experts one by one, those of a block are one tensor of the model, which
+is the largest that memory holds. All arithmetic is fp32. Left out: speed (a forward pass reads the files once), and files that arrange
+the model in another way yet (strategies/checkpoint_names.py), which are refused.
 """
 
 from __future__ import annotations
@@ -17,42 +18,56 @@ import torch
 from torch import Tensor, nn
 
 from ..launcher.errors import ModelError
+from ..strategies import checkpoint_names
+from ..strategies.checkpoint_names import rows_of
+from ..strategies.layouts import LayoutError
 
 Fetch = Callable[[str], Tensor]
 
 
 class Weights:
-    """The tensors of a folder of safetensors files, by the names that the model gives them, in fp32."""
+    """The tensors of a folder of safetensors files, by the names that the model gives them, in fp32.
+
+    `model` is the folder's as its class makes it (`skeleton`). Raises ModelError when the files are damaged or arrange it in a way that
+    is not read tensor by tensor.
+    """
 
     def __init__(self, folder: Path, model: Any):
-        self.folder = folder
+        self.folder, self.model = folder, model
         self.tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
-        self.prefix = str(getattr(model, "base_model_prefix", "")) + "."
         self.files = {name: file for file in sorted(folder.glob("*.safetensors")) for name in _open(file).keys()}  # noqa: SIM118  (not a mapping)
+        try:
+            self.sources = checkpoint_names.sources(model, folder)
+        except LayoutError as error:
+            raise ModelError(str(error)) from None
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         self.handle: tuple[Path, Any] | None = None
         self.read: set[str] = set()
 
-    def place(self, name: str) -> str | None:
-        """The name in the files of the tensor that the model calls `name`; None when they hold none."""
-        for candidate in (name, name.removeprefix(self.prefix), self.tied.get(name, name)):
-            if candidate in self.files:
-                return candidate
-        source = self.tied.get(name)
-        return self.place(source) if source and source != name and source not in self.tied else None
-
     def get(self, name: str) -> Tensor:
         """fp32, memory of its own. Raises ModelError when no file has the tensor."""
-        place = self.place(name)
-        if place is None:
-            raise ModelError(
-                f"the files in {self.folder} hold no tensor {name}; this model's files are arranged otherwise than the model, which "
-                "is not read tensor by tensor."
-            )
-        file = self.files[place]
+        source = self.sources.get(name) or self.sources.get(self.tied.get(name, name))
+        if source is None:
+            raise ModelError(f"the files in {self.folder} hold no tensor {name}, or have another name for it.")
+        if isinstance(source, str):
+            return self._one(source).to(torch.float32, copy=True)
+        shape = self.shapes[name]
+        try:
+            return rows_of(source, shape, 0, shape[0], lambda one: self._one(one).float())
+        except LayoutError as error:
+            raise ModelError(f"{self.folder}: {error}") from None
+
+    def _one(self, name: str) -> Tensor:
+        file = self.files[name]
         if self.handle is None or self.handle[0] != file:
             self.handle = (file, _open(file))
-        self.read.add(place)
-        return self.handle[1].get_tensor(place).to(torch.float32, copy=True)
+        self.read.add(name)
+        return self.handle[1].get_tensor(name)
+
+    def as_saved(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor of the model as the files have it: of stacked experts, one by one where they are."""
+        for written, part in checkpoint_names.as_saved(self.model, name, tensor):
+            yield written, part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
 
     @property
     def unread(self) -> list[str]:

@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from trebuchet.launcher import api, cli, record, worker
 from trebuchet.launcher.errors import JobFailed, RunError
 from trebuchet.launcher.run_folder import RunFolder
 from trebuchet.training import merge as merging
 from trebuchet.training.finished import open_finished
 
-IDS = torch.arange(3, 43).view(2, 20)
+from .merged import by_peft, logits, opened
 
 
 @pytest.fixture(scope="module")
@@ -52,22 +52,6 @@ def run_of(runs: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.double()(IDS).logits
-
-
-def by_peft(base: Any, adapter: Path) -> Any:
-    """PEFT's merge in float64."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base.double(), str(adapter)).double().merge_and_unload()
-
-
-def opened(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def test_lora_merged_from_the_command_line_is_pefts_merge(
