@@ -51,6 +51,15 @@ def run_cells(tiny_config: Callable[..., dict[str, Any]]) -> Run:
     return run
 
 
+def not_repacked(net: Any) -> Any:
+    """Where the CPU has AVX512-BF16, bitsandbytes repacks 4-bit weights at the first forward without gradients and multiplies in bf16
+    from then on, whatever dtype was asked for: 2e-3 of logits around 0.3 (bitsandbytes 0.50.2). Other CPUs do not."""
+    for module in net.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return net
+
+
 def same_as_exported(cell: dict[str, Any], base: Path) -> None:
     """The newest checkpoint of a cell, read into a model whose trained weights were lost, is the model that the cell left."""
     import torch

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import Run, same_as_exported
+from .conftest import Run, not_repacked, same_as_exported
 
 pytestmark = pytest.mark.slow
 
@@ -212,7 +212,7 @@ def test_the_artefact_opens_in_plain_transformers_and_peft(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
             bnb_4bit_use_double_quant="single scales" not in name,
         )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model = not_repacked(AutoModelForCausalLM.from_pretrained(folder, **options))
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         logits = model(torch.arange(3, 35)[None]).logits.float()
     wanted = torch.load(folder / "logits.pt")

@@ -18,7 +18,7 @@ from trebuchet.launcher.config import build_config
 from trebuchet.launcher.model_spec import load_model_spec
 from trebuchet.launcher.plan import Plan
 
-from .conftest import Run
+from .conftest import Run, not_repacked
 
 pytestmark = pytest.mark.slow
 LARGE, STEPS = "meta-llama/Llama-3.1-70B", 2
@@ -137,7 +137,7 @@ def test_the_adapter_opens_in_peft_with_equal_logits(
     base = AutoModelForCausalLM.from_pretrained(
         narrow_model, dtype=dtype, quantization_config=BitsAndBytesConfig(load_in_4bit=True, **nf4)
     )
-    opened = PeftModel.from_pretrained(base, str(folder))
+    opened = not_repacked(PeftModel.from_pretrained(base, str(folder)))
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=bf16):
         logits = opened(torch.arange(3, 35)[None]).logits.float()
     wanted = torch.load(folder / "logits.pt")

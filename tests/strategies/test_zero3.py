@@ -11,7 +11,7 @@ import torch
 from trebuchet.launcher import api
 from trebuchet.strategies import zero3
 
-from .conftest import Run, same_as_exported
+from .conftest import Run, not_repacked, same_as_exported
 
 # fp32, sums over ranks in another order, six AdamW steps at 1e-3: 5e-8 to 3e-6 was seen.
 FP32 = 1e-5
@@ -121,7 +121,7 @@ def test_what_is_left_opens_with_equal_logits(found: dict[str, list[dict[str, An
         assert sorted(set(index.values())) == names and len(names) > 3
     else:
         assert names == ["adapter_model.safetensors"]
-    opened: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    opened = not_repacked(AutoModelForCausalLM.from_pretrained(folder, **options))
     with torch.no_grad():
         logits = opened(input_ids=torch.arange(3, 35)[None]).logits
     torch.testing.assert_close(logits, torch.load(folder / "logits.pt"), rtol=1e-4, atol=1e-4)  # fp32, other kernels
