@@ -116,6 +116,14 @@ def _by_id(text: str, jobs: list[str]) -> dict[str, JobState]:
     return found
 
 
+def reason(job: str) -> str:
+    """Why Slurm says that a job waits: `Resources`, `Priority`, or nodes that are down, by name."""
+    try:
+        return call("squeue", "--noheader", "--jobs", job, "--format=%r").strip() or "it has left the queue"
+    except SchedulerRefused as error:
+        return str(error)
+
+
 def tasks(name: str) -> list[str]:
     """`12_[1-3,7%2]`, which is how waiting tasks are printed together, as 12_1, 12_2, 12_3 and 12_7; any other id as it is."""
     array, bracket, rest = name.partition("_[")

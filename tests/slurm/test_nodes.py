@@ -124,19 +124,24 @@ def test_the_doctor_names_nodes_whose_ranks_never_come(
 def test_the_doctor_names_a_node_whose_daemon_answers_nobody(
     slurm: SlurmCluster, faults_of: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The daemon of n2 stops between the allocation and the start of its rank: srun's words or the roll call, whichever is first."""
+    """The daemon of n2 stops between the allocation and the start of its rank: srun's words or the roll call, whichever is first. The
+    batch script, which is on the first node, waits for that; a daemon that stops earlier keeps the job in the queue."""
     monkeypatch.chdir(tmp_path)
     begun = states.call
+    here, stopped = tmp_path / "here", tmp_path / "stopped"
 
     def call(*words: str, **options: Any) -> str:
         said = begun(*words, **options)
         if words[0] == "sbatch":
+            wait_for(here.exists, 60, "an allocation")
             slurm.processes["n2"].send_signal(signal.SIGSTOP)
+            stopped.touch()
         return said
 
     monkeypatch.setattr(states, "call", call)
+    wait = f"touch {shlex.quote(str(here))}; until [ -e {shlex.quote(str(stopped))} ]; do sleep 0.1; done"
     try:
-        faults = faults_of(sys.executable, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"})
+        faults = faults_of(sys.executable, environment={**HERE, "TREBUCHET_ROLL_CALL_S": "12"}, setup=[wait])
     finally:
         slurm.processes["n2"].send_signal(signal.SIGCONT)
     assert [fault.partition(":")[0] for fault in faults] == ["n2"], faults
@@ -152,7 +157,7 @@ def test_waiting_in_the_queue_is_said(
     waiting = states.states
 
     def cancelled_when_said(jobs: list[str]) -> Any:
-        if "Ctrl+C gives up" in capsys.readouterr().err:
+        if "waits in the queue for these nodes: JobHeldUser; Ctrl+C gives up" in capsys.readouterr().err:
             slurm.ask("scancel", job)
         return waiting(jobs)
 
