@@ -81,6 +81,11 @@ def _model(config: TrainConfig, model: ModelSpec, method: str, layout: Layout) -
     """What this model's layers cannot be put through."""
     if config.objective.name == "reward" and model.model_type in FAMILIES and not FAMILIES[model.model_type].score:
         yield f"transformers has no score model of the family {model.model_type}; take a base of another family"
+    if config.model.attention == "sdpa" and model.model_type in FAMILIES and not FAMILIES[model.model_type].sdpa:
+        yield (
+            f"torch's scaled_dot_product_attention cannot cap scores, as {model.model_type} does; leave model.attention on auto, or "
+            "take flash_attention_2 where flash-attn is installed"
+        )
     if method == "full":
         return
     if config.strategy.lora.dropout and any(

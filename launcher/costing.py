@@ -14,6 +14,7 @@ from ..strategies import throughput
 from ..strategies.memory import MemoryEstimate
 from ..strategies.memory_request import LINEARS, MemoryRequest, ModelDims
 from .cluster import NodeGroup
+from .model_families import FAMILIES
 from .model_spec import ModelSpec
 from .plan import GIB, NOT_TIMED, Chosen, Memory, Time
 from .schema import TrainConfig
@@ -76,7 +77,7 @@ def request(
         micro_batch=micro,
         packed=config.data.packing,
         checkpointing=checkpointing,
-        attention={"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}[attention(config)],
+        attention={"sdpa": "sdpa", "eager": "eager", "flash_attention_2": "flash"}[attention(config, model)],
         # Adapters on an 8-bit base run as PEFT's own modules; norms, SwiGLU and the loss are the kernel layer's.
         kernels="none"
         if config.strategy.kernels == "off"
@@ -169,8 +170,10 @@ def precision(config: TrainConfig, hardware: Hardware) -> Literal["bf16-mixed", 
     return cast(Literal["bf16-mixed", "fp16-mixed", "fp32"], "fp32" if wanted == "fp32" else f"{wanted}-mixed")
 
 
-def attention(config: TrainConfig) -> Literal["sdpa", "eager", "flash_attention_2"]:
-    return "sdpa" if config.model.attention == "auto" else config.model.attention
+def attention(config: TrainConfig, model: ModelSpec) -> Literal["sdpa", "eager", "flash_attention_2"]:
+    if config.model.attention != "auto":
+        return config.model.attention
+    return "sdpa" if model.model_type not in FAMILIES or FAMILIES[model.model_type].sdpa else "eager"
 
 
 def quantized(config: TrainConfig, method: str) -> Literal["nf4", "int8"] | None:
@@ -191,12 +194,13 @@ def targets(config: TrainConfig) -> tuple[str, ...]:
 
 def dims(model: ModelSpec) -> ModelDims:
     """The sizes that the formulas read. One object per model: it keeps the counts that thousands of candidates share."""
-    return _dims(*_sizes(model), model.expert_params > 0, model.model_type in ROUTING_16BIT)
+    capped = model.model_type in FAMILIES and not FAMILIES[model.model_type].sdpa
+    return _dims(*_sizes(model), model.expert_params > 0, model.model_type in ROUTING_16BIT, capped)
 
 
 @lru_cache(maxsize=64)
 def _dims(*sizes: Any) -> ModelDims:
-    return ModelDims(**dict(zip((*_SIZES, "fused_experts", "routing_16bit"), sizes, strict=True)))
+    return ModelDims(**dict(zip((*_SIZES, "fused_experts", "routing_16bit", "capped_scores"), sizes, strict=True)))
 
 
 _SIZES = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ..strategies.memory import MemoryRequest, estimate
 from ..strategies.memory import needs as weigh
 from .cells import cannot, spell
-from .costing import Hardware, Layout, accumulate, attention, memory, needs, optimizer, precision, request
+from .costing import Hardware, Layout, accumulate, memory, needs, optimizer, precision, request
 from .model_spec import ModelSpec
 from .plan import NOT_TIMED, Chosen, Rejected
 from .schema import TrainConfig
@@ -117,7 +117,7 @@ def choose(config: TrainConfig, hardware: Hardware, method: str, layout: Layout,
         "checkpointing": asked.checkpointing,
         "optimizer": optimizer(config),
         "precision": precision(config, hardware),
-        "attention": attention(config),
+        "attention": "flash_attention_2" if asked.attention == "flash" else asked.attention,
         "learning_rate": usual_rate(config, method) if rate == "auto" else rate,
         "micro_batch": asked.micro_batch,
         "accumulation": asked.grad_accum,

@@ -20,7 +20,8 @@ class Family:
     `defaults` are what transformers assumes for a key that config.json leaves out (None: derived from the others).
     `qkv_bias`, `out_bias`, `mlp_bias` and `head_bias` are a constant or the config key that decides. `norms` counts the
     norm weights of hidden size in a block; `qk_norm` says whether query and key have one per head width or over all
-    heads; `score` whether transformers has a class for one score a row, which a reward model is.
+    heads; `score` whether transformers has a class for one score a row, which a reward model is; `sdpa` whether it attends by torch's
+    scaled_dot_product_attention, which cannot cap scores.
     """
 
     defaults: Mapping[str, Any]
@@ -34,6 +35,7 @@ class Family:
     fused: bool = False
     moe: Literal["none", "mixtral", "qwen3_moe", "phimoe"] = "none"
     score: bool = True
+    sdpa: bool = True
 
 
 def _defaults(
@@ -98,6 +100,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         norms=4,
+        sdpa=False,
     ),
     "gemma3_text": Family(
         defaults=_defaults("2304 9216 26 8 4 262208", tied=True, head_dim=256, positions=131072),

@@ -78,7 +78,8 @@ def wait(job: str, folder: Path) -> dict[str, Any] | None:
             if state == JobState.PENDING and time.monotonic() > quiet_until:
                 quiet_until = float("inf")
                 print(
-                    f"job {job} waits in the queue for these nodes: {states.reason(job)}; Ctrl+C gives up", file=sys.stderr
+                    f"job {job} waits in the queue for these nodes: {states.reason(job)}; Ctrl+C gives up",
+                    file=sys.stderr,
                 )
             ask_at, delay = time.monotonic() + delay, min(delay * 1.5, LONGEST_S)
         if not ended:

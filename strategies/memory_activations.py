@@ -150,6 +150,8 @@ def _scores(r: MemoryRequest) -> tuple[float, float]:
         return bias, bias
     scores = float(r.rows * r.model.num_heads * r.seq_len**2)
     kept, peak = (4, C["eager_score_bytes_fp32"]) if e == 4 else (6, C["eager_score_bytes_16bit"])
+    if r.model.capped_scores:
+        kept += e  # the tanh's result, for its backward
     mask = e * r.rows * r.seq_len**2  # one for all layers
     return kept * scores, peak * scores + mask
 

@@ -39,7 +39,8 @@ class ModelDims:
 
     `fused_experts`: the experts are three-dimensional tensors, as in transformers 5, which bitsandbytes leaves in 16 bits (seen with
     Mixtral and Qwen3-MoE, transformers 5.23, bitsandbytes 0.50). `routing_16bit`: the weights of their outputs are cast back to the
-    dtype of the hidden states, as Qwen's are and Mixtral's are not.
+    dtype of the hidden states, as Qwen's are and Mixtral's are not. `capped_scores`: attention's scores pass through a tanh, as
+    Gemma 2's do.
     `params` is the exact total if it is known; otherwise it is counted from the dimensions (two norm vectors a block
     and one at the end; biases where the flags say so).
     """
@@ -59,6 +60,7 @@ class ModelDims:
     params: int | None = None
     fused_experts: bool = False
     routing_16bit: bool = False
+    capped_scores: bool = False
 
     def __post_init__(self) -> None:
         for name in _SIZES:

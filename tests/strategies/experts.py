@@ -1,4 +1,5 @@
-"""Tiny mixtures of experts as folders of the Hub hold them: one tensor an expert, in files that cut through a block."""
+"""Tiny models of any family, and mixtures of experts as folders of the Hub hold them: one tensor an expert, in files that cut through a
+block."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def save(folder: Path, family: str, tokenizer: Path, *, one_by_one: bool = True)
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     config = AutoConfig.for_model(
-        family, **{**SIZES, **FAMILIES[family]}, vocab_size=len(words), dtype="float32", **ids
+        family, **{**SIZES, **FAMILIES.get(family, {})}, vocab_size=len(words), dtype="float32", **ids
     )
     torch.manual_seed(0)
     net: Any = AutoModelForCausalLM.from_config(config)
