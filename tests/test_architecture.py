@@ -146,6 +146,7 @@ SHARED = {
     "launcher.job_state",
     "launcher.record",
     "launcher.run_folder",
+    "launcher.model_families",
     "launcher.model_spec",
     "launcher.started",
     "launcher.stopping",

@@ -16,7 +16,7 @@ from ..launcher import record
 from ..launcher.errors import JobFailed
 from ..strategies.layouts import LayoutError, place
 from ..strategies.prepare import Prepared, compute_dtype, prepare, prepare_frozen
-from . import evaluate, load
+from . import evaluate, isolation, load
 from .adapter import digests
 from .data import Order, Units
 from .data.prepare import row_tokens
@@ -64,6 +64,7 @@ class Session:
         self.runtime.loads_on()
         loop = self.loop(prepared)
         self.runtime.loads_on()
+        isolation.require(loop.stepper, self.plan, self.pad_id)
         done = loop.resume()
         self.runtime.loads_on(over=True)
         before = loop.before = self.before(loop, done)

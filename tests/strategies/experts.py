@@ -22,15 +22,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def save(folder: Path, family: str, tokenizer: Path, *, one_by_one: bool = True) -> Path:
-    """A model of `family` with random weights, with the tokenizer of another folder."""
+def save(folder: Path, family: str, tokenizer: Path, *, one_by_one: bool = True, **more: Any) -> Path:
+    """A model of `family` with random weights, with the tokenizer of another folder. `more` stands in its config.json."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": None, "eos_token_id": words.eos_token_id, "pad_token_id": words.pad_token_id}
     config = AutoConfig.for_model(
-        family, **{**SIZES, **FAMILIES.get(family, {})}, vocab_size=len(words), dtype="float32", **ids
+        family, **{**SIZES, **FAMILIES.get(family, {}), **more}, vocab_size=len(words), dtype="float32", **ids
     )
     torch.manual_seed(0)
     net: Any = AutoModelForCausalLM.from_config(config)
