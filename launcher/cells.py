@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from .costing import Hardware, Layout, optimizer, precision, quantized
-from .model_families import FAMILIES
+from .model_families import FAMILIES, NO_SDPA
 from .model_spec import ModelSpec
 from .schema import TrainConfig
 
@@ -81,10 +81,10 @@ def _model(config: TrainConfig, model: ModelSpec, method: str, layout: Layout) -
     """What this model's layers cannot be put through."""
     if config.objective.name == "reward" and model.model_type in FAMILIES and not FAMILIES[model.model_type].score:
         yield f"transformers has no score model of the family {model.model_type}; take a base of another family"
-    if config.model.attention == "sdpa" and model.model_type in FAMILIES and not FAMILIES[model.model_type].sdpa:
+    if config.model.attention == "sdpa" and model.model_type in NO_SDPA:
         yield (
-            f"torch's scaled_dot_product_attention cannot cap scores, as {model.model_type} does; leave model.attention on auto, or "
-            "take flash_attention_2 where flash-attn is installed"
+            f"transformers has no scaled_dot_product_attention for {model.model_type}; leave model.attention on auto, which is eager "
+            "there, or take flash_attention_2 where flash-attn is installed"
         )
     if method == "full":
         return

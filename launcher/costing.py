@@ -14,7 +14,7 @@ from ..strategies import throughput
 from ..strategies.memory import MemoryEstimate
 from ..strategies.memory_request import LINEARS, MemoryRequest, ModelDims
 from .cluster import NodeGroup
-from .model_families import FAMILIES
+from .model_families import CAPPED, NO_SDPA
 from .model_spec import ModelSpec
 from .plan import GIB, NOT_TIMED, Chosen, Memory, Time
 from .schema import TrainConfig
@@ -173,7 +173,7 @@ def precision(config: TrainConfig, hardware: Hardware) -> Literal["bf16-mixed", 
 def attention(config: TrainConfig, model: ModelSpec) -> Literal["sdpa", "eager", "flash_attention_2"]:
     if config.model.attention != "auto":
         return config.model.attention
-    return "sdpa" if model.model_type not in FAMILIES or FAMILIES[model.model_type].sdpa else "eager"
+    return "eager" if model.model_type in NO_SDPA else "sdpa"
 
 
 def quantized(config: TrainConfig, method: str) -> Literal["nf4", "int8"] | None:
@@ -194,8 +194,8 @@ def targets(config: TrainConfig) -> tuple[str, ...]:
 
 def dims(model: ModelSpec) -> ModelDims:
     """The sizes that the formulas read. One object per model: it keeps the counts that thousands of candidates share."""
-    capped = model.model_type in FAMILIES and not FAMILIES[model.model_type].sdpa
-    return _dims(*_sizes(model), model.expert_params > 0, model.model_type in ROUTING_16BIT, capped)
+    kind = model.model_type
+    return _dims(*_sizes(model), model.expert_params > 0, kind in ROUTING_16BIT, kind in CAPPED)
 
 
 @lru_cache(maxsize=64)

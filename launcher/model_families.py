@@ -20,8 +20,7 @@ class Family:
     `defaults` are what transformers assumes for a key that config.json leaves out (None: derived from the others).
     `qkv_bias`, `out_bias`, `mlp_bias` and `head_bias` are a constant or the config key that decides. `norms` counts the
     norm weights of hidden size in a block; `qk_norm` says whether query and key have one per head width or over all
-    heads; `score` whether transformers has a class for one score a row, which a reward model is; `sdpa` whether it attends by torch's
-    scaled_dot_product_attention, which cannot cap scores.
+    heads; `score` whether transformers has a class for one score a row, which a reward model is.
     """
 
     defaults: Mapping[str, Any]
@@ -35,7 +34,6 @@ class Family:
     fused: bool = False
     moe: Literal["none", "mixtral", "qwen3_moe", "phimoe"] = "none"
     score: bool = True
-    sdpa: bool = True
 
 
 def _defaults(
@@ -61,6 +59,11 @@ def _defaults(
 
 _LLAMA = _defaults("4096 11008 32 32 - 32000", positions=2048)
 _MISTRAL = _defaults("4096 14336 32 32 8 32000", positions=131072)
+
+# Text decoders, with a rule here or without, whose classes in transformers 5.23 do not attend by torch's scaled_dot_product_attention;
+# those that cap their scores never can.
+CAPPED = frozenset({"gemma2", "vaultgemma"})
+NO_SDPA = CAPPED | {"bloom", "codegen", "cpmant", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt", "xglm"}
 
 # Defaults are those of the configuration classes in transformers 5.23.
 FAMILIES: dict[str, Family] = {
@@ -100,7 +103,6 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         norms=4,
-        sdpa=False,
     ),
     "gemma3_text": Family(
         defaults=_defaults("2304 9216 26 8 4 262208", tied=True, head_dim=256, positions=131072),

@@ -144,10 +144,10 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 _ALIASES = {
     "hidden_size": ("n_embd", "d_model"),
-    "intermediate_size": ("n_inner", "ffn_dim", "d_ff"),
+    "intermediate_size": ("n_inner", "ffn_dim", "d_ff", "ffn_hidden_size"),
     "num_hidden_layers": ("n_layer", "n_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
-    "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx"),
+    "max_position_embeddings": ("n_positions", "max_seq_len", "n_ctx", "seq_length"),
 }
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.\d+\.(.+)\.weight$")
 
@@ -169,6 +169,12 @@ def count_checkpoint(config: Mapping[str, Any], checkpoint: Checkpoint) -> Layou
     known = dict(config)
     for key, others in _ALIASES.items():
         known.setdefault(key, next((config[o] for o in others if config.get(o)), None))
+    if known["intermediate_size"] is None and isinstance(known["hidden_size"], int):
+        wide = (
+            4 * known["hidden_size"]
+        )  # what GPT-2, BLOOM, CodeGen and GPT-J mean by saying nothing; the tensors say whether it is so
+        if any(_BLOCK.search(name) and wide in tensor.shape for name, tensor in checkpoint.tensors.items()):
+            known["intermediate_size"] = wide
     known.setdefault(
         "tie_word_embeddings", not any(n.startswith(("lm_head.", "embed_out.")) for n in checkpoint.tensors)
     )

@@ -117,6 +117,8 @@ def read_dims(config: Config, defaults: Config) -> dict[str, Any]:
 def _positive(given: Config, key: str, fallback: int | None = None) -> int:
     value = given.get(key)
     value = fallback if value is None else value
+    if value is None:
+        raise ModelError(f"config.json: {key} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ModelError(f"config.json: {key} must be a positive whole number, not {value!r}")
     return value

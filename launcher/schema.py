@@ -25,7 +25,7 @@ class Model(Section):
         "auto", description="dtype of the weights; auto: bf16 where the device has it"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: sdpa, or eager where a model caps its scores (Gemma 2)"
+        "auto", description="auto: sdpa, or eager for the few models that have none (Gemma 2)"
     )
     trust_remote_code: bool = Field(False, description="run Python that comes with the model; off unless asked for")
 

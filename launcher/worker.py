@@ -216,6 +216,8 @@ def describe(problem: BaseException) -> str:
     if (isinstance(problem, OSError) and problem.errno == errno.ENOSPC) or "No space left on device" in text:
         where = getattr(problem, "filename", None) or "the run folder"
         return f"no space left on the device that holds {where}; free some and `trebuchet resume`."
+    if "does not support an attention implementation" in text:
+        return f"{text.partition(' yet.')[0]}. Set model.attention to eager."
     if "Connection reset by peer" in text or "Connection closed by peer" in text:
         return "another rank ended in the middle of a step, and this one waited for it; its log has the cause, if it had time to say."
     return f"{type(problem).__name__}: {text.rstrip('.')}."

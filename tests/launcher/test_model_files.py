@@ -19,6 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from trebuchet.launcher.errors import ModelError
 from trebuchet.launcher.model_files import cached_snapshot, read_checkpoint
 from trebuchet.launcher.model_spec import load_model_spec
@@ -61,13 +62,19 @@ def test_a_folder_that_transformers_saved(tmp_path: Path, tied: bool, shard: str
     assert spec.path == str(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["starcoder2", "cohere", "gpt_neox", "phi", "opt", "stablelm"])
+@pytest.mark.parametrize(
+    "model_type", ["starcoder2", "cohere", "gpt_neox", "phi", "opt", "stablelm", "gpt2", "gptj", "codegen", "bloom"]
+)
 def test_a_family_without_a_rule_is_counted_from_its_headers(tmp_path: Path, model_type: str) -> None:
+    """GPT-2 and those after it say nothing of the width of their MLP, which is four times the model's."""
     more: dict[str, Any] = {"ffn_dim": 80, "word_embed_proj_dim": 32} if model_type == "opt" else {}
+    if model_type in ("gptj", "codegen"):
+        more = {"rotary_dim": 4}
     model = saved(tmp_path, model_type, **more)
     spec = load_model_spec(Model(name=str(tmp_path)))
     assert spec.params == model.num_parameters()
-    linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in n]
+    kinds = (torch.nn.Linear, Conv1D)
+    linear = [m for n, m in model.named_modules() if isinstance(m, kinds) and (".layers." in n or ".h." in n)]
     assert spec.linear_params == sum(m.weight.numel() for m in linear)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert spec.lora_params(4) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from trebuchet.launcher import api, record, worker
 from trebuchet.launcher.errors import NothingFits
-from trebuchet.launcher.model_families import FAMILIES
+from trebuchet.launcher.model_families import FAMILIES, NO_SDPA
 from trebuchet.training import merge as merging
 from trebuchet.training.finished import open_finished
 
@@ -49,15 +49,40 @@ def test_a_family_trains_is_left_whole_and_merges(
         torch.testing.assert_close(logits(opened(folder.merged, **ONE_BY_ONE)), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_capped_scores_are_computed_by_eager_attention_and_never_by_sdpa(
+def test_where_transformers_has_no_sdpa_attention_is_eager(
     tiny_model: Path, tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """transformers has no other for Gemma 2 without flash-attn: chosen by the planner, refused where the user asks for sdpa."""
+    """Chosen by the planner, and refused where the user asks for sdpa."""
     base = save(tmp_path / "base", "gemma2", tiny_model)
     config = tiny_config({"model.name": str(base), "tracking": []}, output=str(tmp_path / "run"))
     chosen = api.plan(config).chosen
     assert chosen is not None and chosen.attention == "eager"
     config["model"]["attention"] = "sdpa"
-    with pytest.raises(NothingFits, match=r"cannot cap scores, as gemma2 does; leave model\.attention on auto"):
+    with pytest.raises(
+        NothingFits, match=r"no scaled_dot_product_attention for gemma2; leave model\.attention on auto"
+    ):
         api.begin(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_planner_knows_which_classes_have_no_sdpa() -> None:
+    """Of every text decoder that this transformers has a class for; those that are no decoders, or have experts, never come so far."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
+
+    kinds = {
+        *FAMILIES,
+        *NO_SDPA,
+        "gpt2",
+        "opt",
+        "gpt_neox",
+        "stablelm",
+        "starcoder2",
+        "phi",
+        "cohere",
+        "glm",
+        "nemotron",
+        "olmo",
+    }
+    without = {kind for kind in kinds if not getattr(transformers, NAMES[kind])._supports_sdpa}
+    assert without == NO_SDPA
