@@ -170,9 +170,8 @@ def count_checkpoint(config: Mapping[str, Any], checkpoint: Checkpoint) -> Layou
     for key, others in _ALIASES.items():
         known.setdefault(key, next((config[o] for o in others if config.get(o)), None))
     if known["intermediate_size"] is None and isinstance(known["hidden_size"], int):
-        wide = (
-            4 * known["hidden_size"]
-        )  # what GPT-2, BLOOM, CodeGen and GPT-J mean by saying nothing; the tensors say whether it is so
+        # What GPT-2, BLOOM, CodeGen and GPT-J mean by saying nothing; the tensors tell whether it is so.
+        wide = 4 * known["hidden_size"]
         if any(_BLOCK.search(name) and wide in tensor.shape for name, tensor in checkpoint.tensors.items()):
             known["intermediate_size"] = wide
     known.setdefault(

@@ -146,7 +146,8 @@ class _Merge:
         same = all(torch.equal(kept[a], kept[b]) for a, b in self.weights.tied.items() if a in kept and b in kept)
         for name, tensor in kept.items():
             if not (same and name in self.weights.tied):
-                writer.add(name, tensor)
+                for written, part in self.weights.as_saved(name, tensor):
+                    writer.add(written, part)
         writer.close()
         return bool(self.weights.tied) and not same, self.weights.unread
 

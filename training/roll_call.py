@@ -26,9 +26,8 @@ LIMIT_S = (
 SLOW_S = 600.0  # the same for ranks that have begun
 ANSWER_S = 10.0  # what the others wait for the first one, or for its verdict, beyond that
 HEARD_S = 2.0  # what the first rank, which holds the store, waits for the others to have read a bad verdict
-_served: dist.TCPStore | None = (
-    None  # rank 0's, kept: others may still ask, and the process group's own store is served by it too
-)
+# Rank 0's, kept: others may still ask, and the process group's own store is served by it too.
+_served: dist.TCPStore | None = None
 
 
 def call(folder: Path, environment: Mapping[str, str] = os.environ) -> tuple[list[str], dict[int, str]]:

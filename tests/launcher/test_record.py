@@ -120,6 +120,10 @@ def test_the_first_error_is_the_cause(folder: RunFolder) -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: .*micro_batch"),
         (MemoryError(), "out of memory"),
         (OSError(28, "No space left on device", "/x/step-3"), "no space left on the device that holds /x/step-3"),
+        (
+            ValueError("Some does not support an attention implementation through sdpa yet. Please"),
+            "Some .* Set model.attention to eager",
+        ),
         (RuntimeError("[gloo] Read error: Connection reset by peer."), "another rank ended"),
         (KeyError("token_loss\nmore"), "KeyError: "),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,13 +13,33 @@ from trebuchet.launcher import api, worker
 from trebuchet.launcher.errors import JobFailed
 from trebuchet.launcher.model_families import FAMILIES
 from trebuchet.training import isolation
-from trebuchet.training.scores import of_stepper
+from trebuchet.training.scores import Subject, of_stepper
 from trebuchet.training.session import Session
 
 from ..conftest import write_jsonl
 from ..strategies.experts import save
 
 pytestmark = pytest.mark.slow
+
+
+class Placed(torch.nn.Module):
+    """A model of one embedding that sees no neighbour, and counts places as it is told or through the whole row."""
+
+    def __init__(self, through: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.places, self.through = torch.nn.Embedding(32, 32), torch.nn.Embedding(64, 32), through
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+        at = torch.arange(input_ids.shape[1])[None] if self.through else position_ids
+        return SimpleNamespace(logits=self.words(input_ids) + self.places(at))
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_places_that_do_not_begin_anew_are_seen_though_samples_are_apart(through: bool) -> None:
+    model = Placed(through)
+    seen = isolation.largest_change(Subject(model=model, inside=model, device=torch.device("cpu")), vocab=32, pad_id=0)
+    assert seen > 0.1 if through else seen == 0
 
 
 def change(session: Session) -> float:

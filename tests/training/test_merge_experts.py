@@ -17,13 +17,14 @@ from ..strategies.experts import FAMILIES, save
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("one_by_one", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_are_written_as_the_base_has_them(
-    family: str, tiny_model: Path, tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
+    family: str, one_by_one: bool, tiny_model: Path, tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """From a base that keeps them one by one in small files, whether PEFT adapts the experts of the family (all but phimoe) or not. What
+    """From a base that keeps them one by one, or those of a block in one tensor, in small files, whether PEFT adapts the experts of the family (all but phimoe) or not. What
     the merged model answers: test_families.py."""
-    base = save(tmp_path / "base", family, tiny_model)
+    base = save(tmp_path / "base", family, tiny_model, one_by_one=one_by_one)
     changes = {
         "model.name": str(base),
         "strategy.method": "lora",
