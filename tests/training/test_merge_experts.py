@@ -22,8 +22,8 @@ from ..strategies.experts import FAMILIES, save
 def test_experts_are_written_as_the_base_has_them(
     family: str, one_by_one: bool, tiny_model: Path, tiny_config: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    """From a base that keeps them one by one, or those of a block in one tensor, in small files, whether PEFT adapts the experts of the family (all but phimoe) or not. What
-    the merged model answers: test_families.py."""
+    """From a base that keeps them one by one, or those of a block in one tensor, in small files; whether PEFT adapts the experts of the
+    family (all but phimoe) or not. What the merged model answers: test_families.py."""
     base = save(tmp_path / "base", family, tiny_model, one_by_one=one_by_one)
     changes = {
         "model.name": str(base),
@@ -40,5 +40,6 @@ def test_experts_are_written_as_the_base_has_them(
     before, after = held(base), held(folder.merged)
     assert before.keys() == after.keys() and len(set(after.values())) > 1
     assert (
-        max(file.stat().st_size for file in folder.merged.glob("*.safetensors")) < 90_000
+        max(file.stat().st_size for file in folder.merged.glob("*.safetensors"))
+        < 150_000  # a block's experts in one tensor are 147 kB
     )  # the embedding is 82 kB alone
