@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
+import math
 import os
 import subprocess
 import uuid
@@ -22,6 +24,7 @@ from ray.autoscaler.node_provider import NodeProvider
 from .processes import end_process, process_of, write_process
 from .state import HEAD_ID, HEAD_LOST_S, HEAD_TYPE, WORKER_TYPE, ClusterFolder, authentication, ray_program
 
+logger = logging.getLogger(__name__)
 HEAD_TAGS = {"ray-node-type": "head", "ray-user-node-type": HEAD_TYPE, "ray-node-status": "up-to-date"}
 
 
@@ -39,6 +42,7 @@ class Nodes(NodeProvider):
         super().__init__(provider_config, cluster_name)
         self.folder = ClusterFolder(Path(provider_config["state_folder"]))
         self.found: dict[str, Node] = {}
+        keep_nodes_at_work()
 
     def listed(self) -> dict[str, Node]:
         raise AssertionError("each kind of node lists its own")
@@ -80,6 +84,34 @@ class Nodes(NodeProvider):
 
     def terminate_node(self, node_id: str) -> None:
         self.terminate_nodes([node_id])
+
+
+def keep_nodes_at_work() -> None:
+    """In the autoscaler's process: what is asked for stands on the nodes at work, so that an idle one beside them ends.
+
+    Ray Train asks for the nodes of its ranks as long as a run lasts, and what is asked for is never ended. Of several nodes Ray's
+    scheduler (2.60) takes those with the best average use, over all resources of a node; a placement group adds resources to the nodes
+    that it is on, so an idle node always wins over one with ranks, and stays until the last run is over. Seen after a drain, when two
+    nodes had been started in place of one; a second run that ends leaves its nodes so, too.
+    """
+    from ray.autoscaler.v2.scheduler import ResourceRequestSource, SchedulingNode
+
+    plain: Any = getattr(SchedulingNode, "_compute_score", None)
+    if plain is None:
+        logger.warning("Ray's scheduler is not the one that is known here: idle nodes may be held until the last run is over")
+    if plain is None or getattr(plain, "keeps_nodes_at_work", False):
+        return
+
+    def score(self: SchedulingNode, source: ResourceRequestSource) -> Any:
+        """Labels, GPU, kinds of resources, and only then: at work, idle, still to come; then use, as before."""
+        found: tuple[Any, ...] = plain(self, source)
+        if source != ResourceRequestSource.CLUSTER_RESOURCE_CONSTRAINT:
+            return found
+        rank = -float(self.idle_duration_ms) if self.ray_node_id else -math.inf
+        return (*found[:3], rank, *found[3:])
+
+    score.keeps_nodes_at_work = True  # type: ignore[attr-defined]
+    SchedulingNode._compute_score = score  # type: ignore[method-assign,assignment]
 
 
 class LocalNodes(Nodes):

@@ -256,7 +256,7 @@ for name, revision in json.loads(sys.argv[1]):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     environment = {**clean, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", code, json.dumps(asked)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=True)
     found, again, gone, gated, empty, wrong = done.stdout.splitlines()
     commit = "0123456789abcdef0123456789abcdef01234567"
     kinds = [line.split() for line in (found, again)]

@@ -151,7 +151,7 @@ def test_logs_follow_until_the_run_has_ended(folder: RunFolder, dead: int) -> No
     with folder.log(0).open("a") as log:
         log.write("second\nlast without an end")
     record.end_attempt(folder, JobState.SUCCEEDED, 0, None)
-    reading.join(timeout=30)
+    reading.join(timeout=120)
     assert [line for line in seen if line.startswith("[0]")] == ["[0] first", "[0] second", "[0] last without an end"]
     assert len(seen) == 4 and "[1] other" in seen
 
@@ -212,7 +212,7 @@ def test_two_interrupts_end_the_ranks_at_once(folder: RunFolder) -> None:
             time.sleep(0.001)
         assert folder.stop.exists() and process.poll() is None
         os.kill(os.getpid(), 2)
-        assert process.wait(timeout=30) == -9
+        assert process.wait(timeout=120) == -9
     assert interrupts.ended
     record.begin_attempt(folder, HERE + "1", ranks=process.pid)
     assert local.close(folder, "without a word", ended_by_user=True) == 130

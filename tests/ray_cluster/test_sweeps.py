@@ -70,7 +70,7 @@ def drain(there: ClusterFolder, trial: RunFolder, when: Callable[[], None]) -> N
         [sys.executable, "-c", begin, *words], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as command:
         when()
-        _, problem = command.communicate(b"\n", timeout=60)
+        _, problem = command.communicate(b"\n", timeout=180)
     assert command.returncode == 0, problem.decode()
 
 
@@ -124,15 +124,15 @@ def test_trials_survive_lost_ranks_and_nodes_poor_ones_end_early_and_a_killed_dr
     wait_for(lambda: record.read(first)["state"] == "SUCCEEDED", 400, shown)
     wait_for(lambda: record.read(third)["step"] >= 1, 400, shown)
     os.kill(driver_of(folder).pid, signal.SIGKILL)
-    wait_for(lambda: not watchers(folder), 60, lambda: f"trials of a dead driver to end: {watchers(folder)}")
-    wait_for(lambda: not groups_of(there), 30, lambda: f"places of a dead driver: {groups_of(there)}")
+    wait_for(lambda: not watchers(folder), 180, lambda: f"trials of a dead driver to end: {watchers(folder)}")
+    wait_for(lambda: not groups_of(there), 60, lambda: f"places of a dead driver: {groups_of(there)}")
     wait_for(lambda: not clusters.nodes(there), 90, lambda: f"idle nodes to end: {clusters.nodes(there)}")
     kept = {
         t.root.name: (t.model / "model.safetensors").stat().st_mtime_ns
         for t in folder.trials()
         if record.read(t)["state"] == "SUCCEEDED"
     }
-    wait_for(lambda: table(folder, capsys)["state"] not in ("PENDING", "RUNNING"), 60, shown)
+    wait_for(lambda: table(folder, capsys)["state"] not in ("PENDING", "RUNNING"), 180, shown)
 
     assert cli.main(["resume", str(folder.root)]) == 0
     wait_for(lambda: table(folder, capsys)["state"] not in ("PENDING", "RUNNING"), 400, shown)

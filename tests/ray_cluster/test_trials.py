@@ -161,12 +161,12 @@ def test_ranks_on_two_nodes_a_search_that_learns_and_an_interrupt(
         command.kill()
     stopped = record.read(first)
     assert stopped["state"] == "CANCELLED" and (first.checkpoint(stopped["step"]) / "manifest.json").exists(), stopped
-    wait_for(lambda: api.current_state(second).ended, 60, lambda: str(record.read(second)))
+    wait_for(lambda: api.current_state(second).ended, 180, lambda: str(record.read(second)))
     assert record.read(second)["state"] == "CANCELLED" and not record.read(second)["attempts"]
     assert "trebuchet resume" in shown.read_text() and (sweep.root / "report.html").exists()
     clusters.resize(ray_cluster.stem, 2, at_most=True)
-    wait_for(lambda: not watchers(sweep), 60, lambda: f"ranks to end: {watchers(sweep)}")
-    wait_for(lambda: not groups_of(folder), 30, lambda: f"places: {groups_of(folder)}")
+    wait_for(lambda: not watchers(sweep), 180, lambda: f"ranks to end: {watchers(sweep)}")
+    wait_for(lambda: not groups_of(folder), 60, lambda: f"places: {groups_of(folder)}")
     wait_for(lambda: not clusters.nodes(folder), 90, lambda: f"idle nodes to end: {clusters.nodes(folder)}")
     from trebuchet.ray_cluster.trial_queue import TrialQueue
 

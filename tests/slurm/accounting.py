@@ -60,9 +60,9 @@ class AccountedCluster(SlurmCluster):
             "mariadbd", "mariadbd", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-grant-tables",
             "--bind-address=127.0.0.1", f"--port={self.database_port}", f"--socket={self.root}/database.sock", *small,
         )  # fmt: skip
-        wait_for(lambda: listens(self.database_port), 60, "MariaDB")
+        wait_for(lambda: listens(self.database_port), 180, "MariaDB")
         self._spawn("slurmdbd", "slurmdbd", "-D")
-        wait_for(lambda: listens(self.port), 60, "slurmdbd")
+        wait_for(lambda: listens(self.port), 180, "slurmdbd")
         self.ask("sacctmgr", "--immediate", "add", "cluster", "test")
 
 

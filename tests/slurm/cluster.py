@@ -130,14 +130,14 @@ class SlurmCluster:
 
     def ask(self, *command: str, check: bool = True) -> str:
         return subprocess.run(
-            command, env=self.environment, check=check, capture_output=True, text=True, timeout=60
+            command, env=self.environment, check=check, capture_output=True, text=True, timeout=180
         ).stdout
 
     def state(self, job: str) -> str:
         """The state as squeue spells it; empty when the controller has forgotten the job."""
         return self.ask("squeue", "-h", "-t", "all", "-j", job, "-o", "%T", check=False).strip()
 
-    def wait_state(self, job: str, *states: str, timeout_s: float = 60) -> str:
+    def wait_state(self, job: str, *states: str, timeout_s: float = 180) -> str:
         wait_for(
             lambda: self.state(job) in states,
             timeout_s,
@@ -194,7 +194,7 @@ class SlurmCluster:
             for name in ("key-file", "socket", "pid-file", "log-file", "seed-file")
         ]
         self._spawn("munged", "runuser", "-u", "munge", "--", "munged", "--foreground", "--force", *options)
-        wait_for((folder / "socket").exists, 10, "munged")
+        wait_for((folder / "socket").exists, 60, "munged")
 
     def _spawn(self, name: str, *command: str) -> None:
         with (self.root / f"{name}.out").open("ab") as out:

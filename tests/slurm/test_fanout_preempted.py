@@ -29,7 +29,7 @@ def test_a_preempted_call_is_done_again(slurm: SlurmCluster, tmp_path: Path) -> 
     jobs = fan_out(
         call, [10], site=build_site({"partition": "abrupt", "time": "5"}, "test"), folder=tmp_path / "a", name="a"
     )
-    wait_for(trace.exists, 60, "the call")
+    wait_for(trace.exists, 180, "the call")
     slurm.ask("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
     (row,) = gather(jobs)
     assert (row["result"], row["error"]) == (12, None)

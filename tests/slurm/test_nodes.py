@@ -133,7 +133,7 @@ def test_the_doctor_names_a_node_whose_daemon_answers_nobody(
     def call(*words: str, **options: Any) -> str:
         said = begun(*words, **options)
         if words[0] == "sbatch":
-            wait_for(here.exists, 60, "an allocation")
+            wait_for(here.exists, 180, "an allocation")
             slurm.processes["n2"].send_signal(signal.SIGSTOP)
             stopped.touch()
         return said
@@ -145,7 +145,7 @@ def test_the_doctor_names_a_node_whose_daemon_answers_nobody(
     finally:
         slurm.processes["n2"].send_signal(signal.SIGCONT)
     assert [fault.partition(":")[0] for fault in faults] == ["n2"], faults
-    wait_for(lambda: slurm.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 60, "idle nodes")
+    wait_for(lambda: slurm.ask("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").strip() == "4", 180, "idle nodes")
 
 
 def test_waiting_in_the_queue_is_said(

@@ -82,9 +82,9 @@ def ray_on_slurm(ray_starts: None, slurm: SlurmCluster, tmp_path: Path) -> Itera
 def test_nodes_come_are_replaced_and_go(
     slurm: SlurmCluster, ray_on_slurm: Cluster, tiny_config: Config, tmp_path: Path
 ) -> None:
-    """A run of two ranks brings two jobs; one is told to go, as by preemption: the ranks save before it does, it is replaced, and not a
-    step is lost. The driver is killed with -9: its nodes end, long before Ray Train's own request would (180 s). After `down` the queue is
-    empty."""
+    """A run of two ranks brings two jobs. A third that nobody works on ends while the run goes on. One of the two is told to go, as by
+    preemption: the ranks save before it does, it is replaced, and not a step is lost. The driver is killed with -9: its nodes end, long
+    before Ray Train's own request would (180 s). After `down` the queue is empty."""
     folder = cluster_folder(ray_on_slurm.name)
     assert list(ray_jobs.jobs(folder)) == [folder.read()["head_job"]]
     changes = {
@@ -96,12 +96,18 @@ def test_nodes_come_are_replaced_and_go(
     wait_for(lambda: record.read(run)["step"] >= 3, 400, lambda: f"step 3; {record.read(run)}")
     nodes = nodes_of(folder)
     assert len(nodes) == 2
+    clusters.resize(folder.name, 3)
+    wait_for(lambda: len(clusters.nodes(folder)) == 3, 180, lambda: f"a third node; {ray_jobs.jobs(folder)}")
+    clusters.resize(folder.name, 3, at_most=True)
+    wait_for(
+        lambda: nodes_of(folder).keys() == nodes.keys(), 180, lambda: f"it to end, and no other; {nodes_of(folder)}"
+    )
     lost = next(iter(nodes))
     slurm.ask("scancel", "--signal=TERM", lost)  # the notice of a preemption; the node then has DRAIN_S
     wait_for(lambda: len(record.read(run)["attempts"]) > 1, 400, lambda: f"a second attempt; {record.read(run)}")
     there = record.read(run)["attempts"][1]["first_step"]
     wait_for(lambda: record.read(run)["step"] >= there + 2, 400, lambda: f"more steps; {record.read(run)}")
-    wait_for(lambda: lost not in nodes_of(folder) and len(nodes_of(folder)) == 2, 60, lambda: f"{nodes_of(folder)}")
+    wait_for(lambda: lost not in nodes_of(folder) and len(nodes_of(folder)) == 2, 180, lambda: f"{nodes_of(folder)}")
     words = {"trebuchet.ray_cluster.driver", str(run.root)}
     next(p for p in psutil.process_iter(["cmdline"]) if words <= set(p.info["cmdline"] or ())).kill()
     wait_for(lambda: not nodes_of(folder), 90, lambda: f"nodes of a dead driver to end; {ray_jobs.jobs(folder)}")

@@ -56,15 +56,15 @@ def test_sacct_knows_what_the_controller_has_forgotten(accounted: accounting.Acc
     held = submit("--hold", "--array=0-1", "--wrap=true")
     waiting = {held + "_0": JobState.PENDING, held + "_1": JobState.PENDING}
     assert states.states(waiting) == waiting
-    wait_for(lambda: states.states([taken]).get(taken) == JobState.RUNNING, 60, "the job that is to be cancelled")
+    wait_for(lambda: states.states([taken]).get(taken) == JobState.RUNNING, 180, "the job that is to be cancelled")
     accounted.ask("scancel", taken)
     tasks = {f"{array}_{n}": JobState.SUCCEEDED for n in range(4)}
     wanted = {done: JobState.SUCCEEDED, failed: JobState.FAILED, taken: JobState.CANCELLED, **tasks}
     wait_for(lambda: states.states(wanted) == wanted, 120, lambda: f"{wanted}; {states.states(wanted)}")
     # Ended by Slurm for its memory: FAILED here, OUT_OF_MEMORY where a cgroup did it; never a success.
-    wait_for(lambda: states.states([memory]).get(memory, JobState.PENDING).ended, 60, "the job out of memory")
+    wait_for(lambda: states.states([memory]).get(memory, JobState.PENDING).ended, 180, "the job out of memory")
     assert states.states([memory])[memory] in (JobState.OUT_OF_MEMORY, JobState.FAILED, JobState.CANCELLED)
-    wait_for(lambda: accounted.state(done) == "", 60, "the controller to forget")
+    wait_for(lambda: accounted.state(done) == "", 180, "the controller to forget")
     assert states.states(wanted) == wanted and states.states(["999999"]) == {}
 
 

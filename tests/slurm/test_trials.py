@@ -60,7 +60,7 @@ def test_a_sweep_is_one_array_and_one_table_and_resume_loses_nothing(
     model = (first.model / "model.safetensors").stat()
     assert cli.main(["cancel", str(folder.root)]) == 0
     assert "1 trials were waiting and are taken from the queue, 1 save" in capsys.readouterr().out
-    wait_for(lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 1, "CANCELLED": 2}, 60, lambda: said(second))
+    wait_for(lambda: table(folder, capsys)["counts"] == {"SUCCEEDED": 1, "CANCELLED": 2}, 180, lambda: said(second))
 
     before = submissions(slurm)
     assert cli.main(["resume", str(folder.root)]) == 0

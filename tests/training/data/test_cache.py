@@ -129,7 +129,7 @@ def test_a_cache_that_is_a_file(chatml: Any, prep: Prep, tmp_path: Path) -> None
 
 
 def _rank(call: Callable[[], Prepared], start: Any, results: Any) -> None:
-    start.wait(timeout=30)
+    start.wait(timeout=120)
     prepared = call()
     results.put((prepared.report.cached, prepared.fingerprint, prepared.train.sample(0)[0].tolist()))
 
@@ -145,9 +145,9 @@ def test_processes_at_once_do_the_work_once(
     ranks = [context.Process(target=_rank, args=(call, start, results)) for _ in range(3)]
     for rank in ranks:
         rank.start()
-    cached, fingerprints, first = zip(*(results.get(timeout=60) for _ in ranks), strict=True)
+    cached, fingerprints, first = zip(*(results.get(timeout=180) for _ in ranks), strict=True)
     for rank in ranks:
-        rank.join(timeout=30)
+        rank.join(timeout=120)
     assert sorted(cached) == [False, True, True]
     assert len(set(fingerprints)) == 1 and first[0] == first[1] == first[2]
     assert len(entries(tmp_path / "cache")) == 1
@@ -167,7 +167,7 @@ build_store(Path(sys.argv[1]), "key", fill)
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
-    process.wait(timeout=30)
+    process.wait(timeout=120)
     assert open_store(tmp_path, "key") is None
     [left] = tmp_path.glob("key.tmp-*")
     os.utime(left, (time.time() - 100_000,) * 2)

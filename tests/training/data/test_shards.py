@@ -178,7 +178,7 @@ def test_a_writer_killed_beside_another_leaves_the_right_entries(chatml: Any, tm
     assert victim.stdout is not None and victim.stdout.readline() == "started\n"
     others = [start(tmp_path / "cache", chatml, data, tmp_path) for _ in range(2)]
     victim.send_signal(signal.SIGKILL)
-    victim.wait(timeout=60)
+    victim.wait(timeout=180)
     found = [json.loads(other.communicate(timeout=120)[0]) for other in others]
     assert {result["fingerprint"] for result in found} == {alone.fingerprint}
     whole_entries = {name: value for name, value in content(tmp_path / "cache").items() if ".tmp-" not in name}
@@ -194,7 +194,7 @@ def test_memory_does_not_grow_with_the_set(chatml: Any, tmp_path: Path) -> None:
     for count in (2000, 10_000):
         file = write_jsonl(tmp_path / f"{count}.jsonl", (chat(f"{i}?", texts[i % 200]) for i in range(count)))
         data = Data.model_validate({"train": [{"path": str(file)}], "eval": 0.01, "max_length": 4096})
-        done = start(tmp_path / f"cache-{count}", chatml, data, tmp_path).communicate(timeout=300)[0]
+        done = start(tmp_path / f"cache-{count}", chatml, data, tmp_path).communicate(timeout=1200)[0]
         grown.append((file.stat().st_size / 2**20, json.loads(done)["mib"]))
     (small, first), (large, second) = grown
     assert second - first < 3 * (large - small), grown
