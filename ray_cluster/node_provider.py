@@ -98,7 +98,9 @@ def keep_nodes_at_work() -> None:
 
     plain: Any = getattr(SchedulingNode, "_compute_score", None)
     if plain is None:
-        logger.warning("Ray's scheduler is not the one that is known here: idle nodes may be held until the last run is over")
+        logger.warning(
+            "Ray's scheduler is not the one that is known here: idle nodes may be held until the last run is over"
+        )
     if plain is None or getattr(plain, "keeps_nodes_at_work", False):
         return
 
