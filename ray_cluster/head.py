@@ -1,6 +1,6 @@
 """The head of a cluster, watched: starts it, writes down where it listens, ends every node with it.
 
-    python -m trebuchet.ray_cluster.head STATE_FOLDER
+    python -m trebuchet.ray_cluster.head STATE_FOLDER [SCRATCH]
 
 Runs as a process of this machine or as a Slurm job, whichever `cluster up` chose. Ends on SIGTERM, or when the head ends. A
 SIGKILL leaves no one to clean up: then nodes that lose contact end themselves after HEAD_LOST_S.
@@ -30,11 +30,12 @@ START_S = 90.0
 UPDATE_S = 2  # between two decisions of the autoscaler; its own 5 s are most of the time that a new node takes here
 
 
-def main(state: str) -> int:
+def main(state: str, scratch: str | None = None) -> int:
+    """`scratch` is removed by whoever gave it; without one a new folder is made, which `cluster down` removes."""
     folder = ClusterFolder(Path(state))
     stopped = _StopFlag()
     ports = dict(zip(("gcs", "dashboard", "client", "metrics", "agent"), free_ports(5), strict=True))
-    facts = folder.write(scratch=tempfile.mkdtemp(prefix="tr-"))
+    facts = folder.write(scratch=scratch or tempfile.mkdtemp(prefix="tr-"))
     if facts["host"] is None:  # in a Slurm job: the address by which the other nodes know this one
         facts = folder.write(host=os.environ["TREBUCHET_HEAD_HOST"])
     address = f"{facts['host']}:{ports['gcs']}"
@@ -162,4 +163,4 @@ class _StopFlag:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

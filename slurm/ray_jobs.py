@@ -32,6 +32,17 @@ srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --overlap bash -c 'trap "kill -TER
 while kill -0 "$KEPT" 2>/dev/null; do wait "$KEPT"; status=$?; done
 exit "$status"
 """
+# In /tmp whatever TMPDIR says: the path of a socket has room for 107 bytes, and Ray's own part takes most of them. The lock is the
+# script's and goes with it, so that a job which was killed (a lost node, the end of KillWait) leaves nothing for longer than until the
+# next one on its node.
+SCRATCH = """\
+for old in /tmp/tr-??????; do  # of jobs of ours that were killed: nobody holds their lock
+  [ ! -L "$old" ] && [ -O "$old" ] && [ -f "$old/lock" ] && flock --nonblock "$old/lock" rm -rf "$old"
+done
+scratch=$(mktemp -d /tmp/tr-XXXXXX) || exit 1  # short, because it holds sockets
+trap 'rm -rf "$scratch"' EXIT
+exec 9>"$scratch/.lock" && flock 9 && mv "$scratch/.lock" "$scratch/lock"
+"""
 HOST = """\
 host=$(scontrol show node "$SLURMD_NODENAME" --oneliner | grep -o ' NodeAddr=[^ ]*')
 export TREBUCHET_HEAD_HOST=${host#*=}
@@ -42,7 +53,8 @@ def render_head(folder: ClusterFolder, site: Site, python: str) -> str:
     """The script of the head's job. Pure."""
     state = assign("state", str(folder.root)) + "\n"
     spec = _spec(folder, NodeGroup(nodes=1, cores=2, host_memory_gib=4), {})
-    return _script(spec, site, python, HOST + state + '"$python" -m trebuchet.ray_cluster.head "$state" &\n')
+    start = state + '"$python" -m trebuchet.ray_cluster.head "$state" "$scratch" &\n'
+    return _script(spec, site, python, HOST + SCRATCH + start)
 
 
 def render_node(
@@ -60,13 +72,11 @@ def render_node(
     extra = {k: v for k, v in resources.items() if k not in ("CPU", "GPU", "memory", "object_store_memory")}
     start = (
         f'"$python" -m ray.scripts.scripts start --address={quote(facts["address"])} --block --node-name={quote(node_id)} \\\n'
-        f'  --temp-dir="$scratch" --num-cpus={int(resources.get("CPU", 1))} --num-gpus={int(resources.get("GPU", 0))} \\\n'
+        f'  --temp-dir="$scratch/n" --num-cpus={int(resources.get("CPU", 1))} --num-gpus={int(resources.get("GPU", 0))} \\\n'
         f"  --object-store-memory={facts['object_store_bytes']} --resources={quote(json.dumps(extra))} --disable-usage-stats \\\n"
         "  --dashboard-agent-listen-port=0 --include-log-monitor=false &\n"
     )
-    # In /tmp whatever TMPDIR says: the path of a socket has room for 107 bytes, and Ray's own part takes most of them.
-    scratch = "scratch=$(mktemp -d /tmp/tr-XXXXXX) || exit 1  # short, because it holds sockets\ntrap 'rm -rf \"$scratch\"' EXIT\n"
-    return _script(_spec(folder, group, environment), site, python, scratch + start)
+    return _script(_spec(folder, group, environment), site, python, SCRATCH + start)
 
 
 def _script(spec: JobSpec, site: Site, python: str, start: str) -> str:

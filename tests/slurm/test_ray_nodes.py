@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -53,6 +54,34 @@ def test_scripts_hold_what_a_shell_cannot_misread(tmp_path: Path) -> None:
     assert "#SBATCH --gpus-per-node=2" in node and "--num-gpus=2" in node and "--num-cpus=8" in node
 
 
+def test_what_a_killed_job_left_goes_with_the_next_one_of_its_node(tmp_path: Path) -> None:
+    """Of a job that lives it stays, and so does what is not of a job at all, and a link. A job that ends takes its own."""
+    start = "{\n" + ray_jobs.SCRATCH + "}\n"
+    plain, link = (Path("/tmp/tr-" + secrets.token_hex(3)) for _ in range(2))
+    plain.mkdir()
+    link.symlink_to(tmp_path)
+    (tmp_path / "lock").touch()
+    script = start + 'echo "$scratch"; read -r _'  # lives until its input ends
+    jobs = [subprocess.Popen(["bash", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        alive, killed = (Path(job.stdout.readline().decode().strip()) for job in jobs if job.stdout)
+        assert alive.is_dir() and (killed / "lock").is_file()
+        jobs[1].kill()
+        jobs[1].wait()
+        assert killed.is_dir()
+        ended = subprocess.run(["bash", "-c", start + 'echo "$scratch"'], capture_output=True, text=True, check=True)
+        assert ended.stderr == "" and not Path(ended.stdout.strip()).exists()
+        assert not killed.exists() and (alive / "lock").is_file() and plain.is_dir() and link.is_symlink()
+        jobs[0].communicate(b"", timeout=60)
+        assert not alive.exists()
+    finally:
+        link.unlink()
+        plain.rmdir()
+        for job in jobs:
+            job.kill()
+            job.communicate()
+
+
 def test_a_container_is_refused() -> None:
     with pytest.raises(ClusterError, match="containers"):
         ray_jobs.site_of({"partition": "gpu", "container": {"image": "x.sif", "runtime": "apptainer"}}, "test")
@@ -96,6 +125,10 @@ def test_nodes_come_are_replaced_and_go(
     wait_for(lambda: record.read(run)["step"] >= 3, 400, lambda: f"step 3; {record.read(run)}")
     nodes = nodes_of(folder)
     assert len(nodes) == 2
+    scratch = [path for path in Path("/tmp").glob("tr-??????") if (path / "lock").is_file()]
+    assert len(scratch) >= 3 and not any(
+        path.stat().st_mode & 0o077 for path in scratch
+    )  # Ray opens its own to everybody
     clusters.resize(folder.name, 3)
     wait_for(lambda: len(clusters.nodes(folder)) == 3, 180, lambda: f"a third node; {ray_jobs.jobs(folder)}")
     clusters.resize(folder.name, 3, at_most=True)
