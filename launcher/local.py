@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from . import record, retry
+from . import first_failure, record, retry
 from .cluster import Cluster
 from .errors import ClusterError, JobFailed, SchedulerRefused
 from .job import JobHandle, JobSpec, JobState
@@ -100,7 +100,8 @@ def command(spec: JobSpec, *, direct: bool = False) -> list[str]:
         return [sys.executable, "-m", spec.module, *spec.arguments]
     config = str(RunFolder(spec.run_folder).accelerate)
     threads = spec.environment.get("OMP_NUM_THREADS", "1")  # named, or accelerate prints a paragraph about its default
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", config]
+    starter = [sys.executable, "-m", "trebuchet.launcher.first_failure", str(spec.run_folder)]
+    launch = [*starter, "--quiet", "--config_file", config]
     return [*launch, "--num_cpu_threads_per_process", threads, "-m", spec.module, *spec.arguments]
 
 
@@ -151,7 +152,8 @@ def attempt(
     folder.logs.mkdir(exist_ok=True)
     if record.read(folder)["state"] != JobState.PENDING.value:  # else it may be a wish to cancel what was submitted
         folder.stop.unlink(missing_ok=True)
-    folder.outcome.unlink(missing_ok=True)
+    for told in (folder.outcome, folder.first_failure):
+        told.unlink(missing_ok=True)
     try:
         process = subprocess.Popen(
             command(spec, direct=direct), env={**os.environ, **spec.environment}, start_new_session=True
@@ -161,7 +163,7 @@ def attempt(
     record.begin_attempt(folder, handle_of(os.getpid()), ranks=process.pid)
     with Interrupts(folder, process) as interrupts:
         wait(folder, process)
-    otherwise = _without_a_word(folder, process.returncode)
+    otherwise = first_failure.without_a_word(folder, process.returncode)
     return close(folder, otherwise, ended_by_user=interrupts.ended, again=again, out_of_memory=out_of_memory)
 
 
@@ -181,7 +183,7 @@ def close(
     outcome: dict[str, Any] = {"exit_code": 130 if ended_by_user else 1, "error": None if ended_by_user else otherwise}
     if folder.outcome.exists():
         outcome = json.loads(folder.outcome.read_text(encoding="utf-8"))
-    code, error = outcome["exit_code"], outcome["error"]
+    code, error = outcome["exit_code"], first_failure.named(folder, outcome["error"])
     if code == 0:
         state = JobState.SUCCEEDED
     elif code in (STOPPED, 130):
@@ -197,21 +199,6 @@ def close(
     goes_on = may and again is not None and again({**outcome, "asked": asked})
     record.end_attempt(folder, state, code, error, goes_on=goes_on)
     return code
-
-
-def _without_a_word(folder: RunFolder, returncode: int) -> str:
-    """The ranks ended and left no outcome: never started, or killed from outside, most often by the kernel for memory."""
-    if not folder.log(0).exists():
-        return f"accelerate could not start the ranks (exit {returncode}); what it said is above."
-    return (
-        f"the ranks ended without a word (exit {returncode}). When the kernel ends a process for want of memory it looks like "
-        f"this. {_tail(folder.log(0))}"
-    )
-
-
-def _tail(log: Path, lines: int = 3) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:]
-    return f"Last lines of {log}: " + " / ".join(text)
 
 
 def alive(handle: str, since: str, *, also: int | None = None) -> bool:

@@ -94,6 +94,11 @@ class RunFolder:
         return self.logs / "outcome.json"
 
     @property
+    def first_failure(self) -> Path:
+        """Which rank ended first, and how, by whoever started the ranks of this machine."""
+        return self.logs / "first_failure.json"
+
+    @property
     def stop(self) -> Path:
         """Its presence asks every rank to save at the next step boundary and leave."""
         return self.root / "stop"

@@ -1,10 +1,10 @@
-"""Out of memory in a real run: all ranks end together, the next attempt is lighter, the global batch stays; and a rank that stops."""
+"""Out of memory in a real run: all ranks end together, the next attempt is lighter, the global batch stays; a rank that stops; one that is
+killed."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +20,7 @@ from trebuchet.launcher.plan import Plan
 pytestmark = pytest.mark.slow
 INJECT = Path(__file__).resolve().parent.parent / "inject"
 LIMIT_S = 400
+ENDLESS = {"optimization.max_steps": 100000, "data.eval": 0.0, "checkpointing.every": 1.0}
 TWO = {"cluster": {"name": "local", "processes": 2}, "tracking": []}
 
 
@@ -49,6 +50,9 @@ def test_half_the_micro_batch_until_it_fits(tmp_path: Path, tiny_config: Callabl
     process = start(tmp_path, tree, TREBUCHET_TEST_OOM="1:1")
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 0, out + err
+    assert (
+        "Traceback" not in out + err and "elastic" not in out + err
+    )  # no frame of torchrun's around what a rank has said
     run = tmp_path / "runs" / "t"
     found = record_of(run)
     assert [a["state"] for a in found["attempts"]] == ["OUT_OF_MEMORY", "OUT_OF_MEMORY", "SUCCEEDED"]
@@ -85,16 +89,20 @@ def test_nothing_lighter_is_the_end(tmp_path: Path, tiny_config: Callable[..., d
     assert found["error"].startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_rank_that_stops_in_a_step_is_named(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> None:
-    tree = tiny_config({"optimization.max_steps": 100000, "data.eval": 0.0, "checkpointing.every": 1.0}, **TWO)
-    process = start(tmp_path, tree, TREBUCHET_HANG_S="8")
-    run = tmp_path / "runs" / "t"
+def after_three_steps(process: subprocess.Popen[str], run: Path) -> psutil.Process:
+    """Rank 1."""
     until = time.monotonic() + LIMIT_S
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
-    ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"]
-    os.kill(ranks[-1].pid, signal.SIGSTOP)
+    return [p for p in psutil.Process(process.pid).children(recursive=True) if p.environ().get("RANK") == "1"][-1]
+
+
+def test_a_rank_that_stops_in_a_step_is_named(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> None:
+    process = start(tmp_path, tiny_config(ENDLESS, **TWO), TREBUCHET_HANG_S="8")
+    run = tmp_path / "runs" / "t"
+    rank = after_three_steps(process, run)
+    rank.suspend()
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1, out + err
     found = record_of(run)
@@ -102,4 +110,17 @@ def test_a_rank_that_stops_in_a_step_is_named(tmp_path: Path, tiny_config: Calla
     assert "Without a word: rank 1" in found["error"]
     flight = json.loads((run / "logs" / "flight-0.json").read_text())
     assert any("all_reduce" in json.dumps(entry) for entry in flight["entries"])
-    assert not ranks[-1].is_running() or ranks[-1].status() == psutil.STATUS_ZOMBIE
+    assert not rank.is_running() or rank.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path: Path, tiny_config: Callable[..., dict[str, Any]]) -> None:
+    """The rank that waited for it knows nothing of it; torchrun does, and its forty lines are not printed."""
+    process = start(tmp_path, tiny_config(ENDLESS, **TWO))
+    run = tmp_path / "runs" / "t"
+    after_three_steps(process, run).kill()
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1, out + err
+    found = record_of(run)
+    assert found["state"] == "FAILED" and found["error"].startswith("rank 1 was ended from outside by SIGKILL")
+    assert f"Last lines of {run / 'logs' / 'rank-1.log'}" in found["error"]
+    assert found["error"] in err and "Traceback" not in out + err and "elastic" not in out + err
