@@ -20,7 +20,8 @@ class Family:
     `defaults` are what transformers assumes for a key that config.json leaves out (None: derived from the others).
     `qkv_bias`, `out_bias`, `mlp_bias` and `head_bias` are a constant or the config key that decides. `norms` counts the
     norm weights of hidden size in a block; `qk_norm` says whether query and key have one per head width or over all
-    heads; `score` whether transformers has a class for one score a row, which a reward model is.
+    heads, whose width is then that of the heads or what the hidden size gives each; `score` whether transformers has
+    a class for one score a row, which a reward model is.
     """
 
     defaults: Mapping[str, Any]
@@ -30,7 +31,7 @@ class Family:
     head_bias: bool | str = False
     norms: int = 2
     norm_bias: bool = False
-    qk_norm: Literal["none", "head", "all"] = "none"
+    qk_norm: Literal["none", "head", "all", "hidden"] = "none"
     fused: bool = False
     moe: Literal["none", "mixtral", "qwen3_moe", "phimoe"] = "none"
     score: bool = True
@@ -125,6 +126,14 @@ FAMILIES: dict[str, Family] = {
         qkv_bias="attention_bias",
         out_bias="attention_bias",
         qk_norm="all",
+    ),
+    "olmoe": Family(
+        defaults=_defaults("2048 2048 16 16 - 50304", positions=4096, num_experts=64, num_experts_per_tok=8),
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm="hidden",
+        moe="qwen3_moe",
+        score=False,
     ),
     "olmo3": Family(
         defaults=_defaults("4096 11008 32 32 - 50304", positions=2048),

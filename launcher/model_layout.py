@@ -166,7 +166,7 @@ def _linears(dims: Config, config: Config, family: Family) -> tuple[LinearLayer,
 
 def _experts(h: int, f: int, experts: int, layers: int, moe: str) -> tuple[LinearLayer, ...]:
     """Router and experts: transformers 5 keeps the experts of a block in two three-dimensional parameters, not in
-    nn.Linear; PEFT 0.21 adapts them for Mixtral and Qwen3, under their names of transformers 4, and not for Phi. Phi's router is a
+    nn.Linear; PEFT 0.21 adapts them for Mixtral, OLMoE and Qwen3, under their names of transformers 4, and not for Phi. Phi's router is a
     Linear that returns two tensors, which PEFT would take for one: it is left without an adapter (strategies/prepare.py)."""
     gate, up, down = {"mixtral": ("w1", "w3", "w2")}.get(moe, ("gate_proj", "up_proj", "down_proj"))
     adapted = moe != "phimoe"
@@ -209,8 +209,9 @@ def _dense_layers(config: Config, layers: int) -> int:
 def _block_other(dims: Config, config: Config, family: Family) -> int:
     """Norm weights of one block."""
     per_norm = dims["hidden_size"] * (2 if family.norm_bias else 1)
-    qk = {"none": 0, "head": 2, "all": dims["num_heads"] + dims["num_kv_heads"]}[family.qk_norm]
-    return family.norms * per_norm + qk * dims["head_dim"]
+    h, heads, kv, width = (dims[key] for key in ("hidden_size", "num_heads", "num_kv_heads", "head_dim"))
+    qk = {"none": 0, "head": 2 * width, "all": (heads + kv) * width, "hidden": h + h // heads * kv}
+    return family.norms * per_norm + qk[family.qk_norm]
 
 
 def _has_bias(layer: LinearLayer, config: Config, family: Family) -> bool:

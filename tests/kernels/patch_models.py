@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "granite": {"logits_scaling": 3.0, "residual_multiplier": 0.5},
     "cohere": {"logit_scale": 0.25},
     "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
 }
 
 

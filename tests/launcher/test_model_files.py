@@ -85,8 +85,8 @@ def test_a_family_without_a_rule_is_counted_from_its_headers(tmp_path: Path, mod
 
 
 def test_experts_of_a_family_without_a_rule_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path, "olmoe", num_experts=3)
-    with pytest.raises(ModelError, match=r"'olmoe' is not supported: its config\.json has num_experts.*mixtral"):
+    saved(tmp_path, "qwen2_moe", num_experts=3)
+    with pytest.raises(ModelError, match=r"'qwen2_moe' is not supported: its config\.json has num_experts.*mixtral"):
         load_model_spec(Model(name=str(tmp_path)))
 
 

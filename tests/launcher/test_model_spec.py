@@ -43,6 +43,7 @@ MORE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 3},
     "phimoe": {"num_local_experts": 3, "lm_head_bias": True},
     "qwen3_moe": {"num_experts": 3, "moe_intermediate_size": 48},
+    "olmoe": {"num_experts": 3},
 }
 # Totals that the Hub shows for the safetensors of these models: a third source, for the dimensions themselves.
 PUBLISHED = {

@@ -14,6 +14,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": EXPERTS, "num_experts_per_tok": 2},
     "phimoe": {"num_local_experts": EXPERTS, "num_experts_per_tok": 2},
     # A dense block between, whose MLP has the names of experts.
     "qwen3_moe": {
