@@ -49,7 +49,7 @@ def named(folder: RunFolder, error: str | None) -> str | None:
     if killed is None or error is None or ECHO not in error:
         return error
     rank, how = killed
-    words = f"rank {rank} was ended from outside by {how}, as the kernel does for want of memory; the others, who waited for it, ended."
+    words = f"rank {rank} was ended by {how}{_meaning(how)}; the others, who waited for it, ended."
     return f"{words} {_tail(folder.log(rank))}" if folder.log(rank).exists() else words
 
 
@@ -58,11 +58,15 @@ def without_a_word(folder: RunFolder, exit_code: int) -> str:
     if not folder.log(0).exists():
         return f"accelerate could not start the ranks (exit {exit_code}); what it said is above."
     killed = _killed(folder)
-    rank, how = (killed[0], f"rank {killed[0]}: {killed[1]}") if killed else (0, f"exit {exit_code}")
-    return (
-        f"the ranks ended without a word ({how}). When the kernel ends a process for want of memory it looks like "
-        f"this. {_tail(folder.log(rank if folder.log(rank).exists() else 0))}"
-    )
+    if killed is None or not folder.log(killed[0]).exists():
+        why = "When the kernel ends a process for want of memory it looks like this."
+        return f"the ranks ended without a word (exit {exit_code}). {why} {_tail(folder.log(0))}"
+    rank, how = killed
+    return f"the ranks ended without a word; rank {rank} was ended by {how}{_meaning(how)}. {_tail(folder.log(rank))}"
+
+
+def _meaning(how: str) -> str:
+    return ", as the kernel does for want of memory" if how == "SIGKILL" else ""
 
 
 def _killed(folder: RunFolder) -> tuple[int, str] | None:
@@ -72,7 +76,9 @@ def _killed(folder: RunFolder) -> tuple[int, str] | None:
     found = json.loads(folder.first_failure.read_text(encoding="utf-8"))
     if found["exit_code"] >= 0:
         return None
-    return found["rank"], signal.Signals(-found["exit_code"]).name
+    number = -found["exit_code"]
+    known = {each.value: each.name for each in signal.Signals}
+    return found["rank"], known.get(number, f"signal {number}")
 
 
 def _tail(log: Path, lines: int = 3) -> str:

@@ -31,7 +31,9 @@ def test_only_an_echo_is_replaced_and_only_by_a_signal(folder: RunFolder) -> Non
     assert first_failure.named(folder, echo) == echo  # and rank 1 has a log with its own words
     failed(folder, 1, -9)
     words = first_failure.named(folder, echo)
-    assert words and words.startswith("rank 1 was ended from outside by SIGKILL") and words.endswith("step 6 / step 7")
+    assert (
+        words and words.startswith("rank 1 was ended by SIGKILL, as the kernel") and words.endswith("step 6 / step 7")
+    )
     assert first_failure.named(folder, "out of memory: 2 GiB") == "out of memory: 2 GiB"
     assert first_failure.named(folder, None) is None
 
@@ -40,7 +42,9 @@ def test_without_a_word(folder: RunFolder) -> None:
     assert "(exit 1)" in first_failure.without_a_word(folder, 1)
     failed(folder, 1, -11)
     words = first_failure.without_a_word(folder, 1)
-    assert "(rank 1: SIGSEGV)" in words and words.endswith("rank-1.log: step 6 / step 7")
+    assert "without a word; rank 1 was ended by SIGSEGV. Last" in words and words.endswith(
+        "rank-1.log: step 6 / step 7"
+    )
     folder.log(0).unlink()
     folder.log(1).unlink()
     assert first_failure.without_a_word(folder, 3).startswith("accelerate could not start the ranks (exit 3)")

@@ -121,6 +121,6 @@ def test_a_rank_that_is_killed_is_named(tmp_path: Path, tiny_config: Callable[..
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1, out + err
     found = record_of(run)
-    assert found["state"] == "FAILED" and found["error"].startswith("rank 1 was ended from outside by SIGKILL")
+    assert found["state"] == "FAILED" and found["error"].startswith("rank 1 was ended by SIGKILL, as the kernel")
     assert f"Last lines of {run / 'logs' / 'rank-1.log'}" in found["error"]
     assert found["error"] in err and "Traceback" not in out + err and "elastic" not in out + err
