@@ -59,6 +59,9 @@ def fit(folder: RunFolder, plan: Plan) -> str | None:
     from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer  # TorchTrainer without its process group
 
+    from .drain_watch import OFF, WatchFromTheHead
+
+    os.environ.update(OFF)  # Ray Train hands its variables on to the controller
     chosen = plan.chosen
     assert chosen is not None
     trainer = DataParallelTrainer(
@@ -79,6 +82,7 @@ def fit(folder: RunFolder, plan: Plan) -> str | None:
             name=f"{folder.root.name}-{os.urandom(4).hex()}",  # the same name again would resume Ray's own state
             storage_path=str(folder.root / "ray"),
             failure_config=FailureConfig(max_failures=-1),
+            callbacks=[WatchFromTheHead()],  # type: ignore[list-item]  # any of Ray Train's own is taken
         ),
     )
     try:

@@ -18,7 +18,7 @@ from trebuchet.launcher.cluster import Cluster, NodeGroup, load_cluster
 from trebuchet.launcher.errors import ClusterError
 from trebuchet.launcher.job import JobState
 from trebuchet.launcher.run_folder import RunFolder
-from trebuchet.ray_cluster import clusters
+from trebuchet.ray_cluster import clusters, rest
 from trebuchet.ray_cluster.state import ClusterFolder, cluster_folder
 from trebuchet.slurm import ray_jobs
 from trebuchet.slurm.site import build_site
@@ -125,6 +125,7 @@ def test_nodes_come_are_replaced_and_go(
     wait_for(lambda: record.read(run)["step"] >= 3, 400, lambda: f"step 3; {record.read(run)}")
     nodes = nodes_of(folder)
     assert len(nodes) == 2
+    assert places_of_others(folder) == {n["node_id"] for n in rest.of_cluster(folder).nodes() if n["is_head_node"]}
     scratch = [path for path in Path("/tmp").glob("tr-??????") if (path / "lock").is_file()]
     assert len(scratch) >= 3 and not any(
         path.stat().st_mode & 0o077 for path in scratch
@@ -172,6 +173,14 @@ def test_the_shipped_file_starts_as_it_is_and_nothing_outlives_its_head(ray_star
     finally:
         clusters.down(name, lambda line: None)
     assert not folder.root.exists()
+
+
+def places_of_others(folder: ClusterFolder) -> set[str]:
+    """The nodes of all actors that are no ranks: one of them on a node that has no rank would keep it from ending."""
+    found = rest.of_cluster(folder).ask("/api/v0/actors?limit=1000&detail=1")["data"]["result"]["result"]
+    others = [row for row in found if row["state"] == "ALIVE" and row["class_name"] != "RayTrainWorker"]
+    assert [row["class_name"] for row in others].count("PreemptionWatcher") == 1, found
+    return {row["node_id"] for row in others}
 
 
 def nodes_of(folder: ClusterFolder) -> dict[str, str]:
